@@ -1,0 +1,21 @@
+"""Recipes: what a run is. The schema, how a recipe is loaded, and the recipes themselves as YAML.
+
+This room knows nothing of data, models or clusters; every other room may import it.
+"""
+
+from configs.duration import Duration
+from configs.errors import LonghaulError
+from configs.load import apply_overrides, dump, find_recipe, list_recipes, load_recipe, parse_recipe
+from configs.schema import Recipe
+
+__all__ = [
+    "Duration",
+    "LonghaulError",
+    "Recipe",
+    "apply_overrides",
+    "dump",
+    "find_recipe",
+    "list_recipes",
+    "load_recipe",
+    "parse_recipe",
+]

@@ -1,0 +1,168 @@
+"""Loading recipes: YAML, `extends`, dotted overrides, and errors that name the file, the key and the mend."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import LonghaulError
+from configs.schema import Recipe
+
+RECIPE_DIRECTORY = Path(__file__).parent
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with Longhaul (files starting with `_` are only there to be extended)."""
+    return sorted(p.stem for p in RECIPE_DIRECTORY.glob("*.yaml") if not p.stem.startswith("_"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by name or by path; raises LonghaulError with the nearest name."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise LonghaulError(f"There is no recipe file {path}; `longhaul train --help` lists the built-in recipes.")
+        return path
+    path = RECIPE_DIRECTORY / f"{name}.yaml"
+    if not path.is_file():
+        raise LonghaulError(
+            f"There is no recipe '{name}'{_nearest(name, list_recipes())}; built-in recipes: {', '.join(list_recipes())}."
+        )
+    return path
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Load a recipe by name or path and apply ``key=value`` overrides.
+
+    Raises LonghaulError for a missing file, bad YAML, an unknown key or a bad value.
+    """
+    path = find_recipe(name)
+    values = _read(path, seen=())
+    return parse_recipe(apply_overrides(values, overrides), str(path))
+
+
+def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
+    """Validate plain values; `source` is named in the error."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise LonghaulError(f"{source}: {_describe(error)}") from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; `parse_recipe` reads it back equal."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set dotted keys (``schedule.lr=0.1``) in a copy of `values`; the value is read as YAML."""
+    result = _merge({}, values)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise LonghaulError(f"'{override}' is not an override: write it as key=value, for example schedule.lr=0.1.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise LonghaulError(f"The value of '{override}' is not valid YAML; quote it if it is text.") from None
+        section = result
+        *parents, last = key.split(".")
+        for depth, name in enumerate(parents):
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise LonghaulError(f"'{override}': {'.'.join(parents[: depth + 1])} is a value, not a section.")
+        section[last] = value
+    return result
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise LonghaulError(f"{path} extends itself through {' -> '.join(p.name for p in seen)}.")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise LonghaulError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise LonghaulError(f"{path} must hold keys and values, not a {type(values).__name__}.")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    parent = path.parent / f"{base}.yaml"
+    return _merge(_read(parent if parent.is_file() else find_recipe(base), (*seen, path)), values)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections merge key by key; a section whose `kind` or `name` changes is replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and not _other_kind(old, value):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = _merge({}, value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def _other_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "kind" in new and new["kind"] != old.get("kind")
+
+
+def _describe(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors():
+        key = _dotted(item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown key '{key}'{_nearest(str(item['loc'][-1]), _fields_at(item['loc'][:-1]))}")
+        elif item["type"] == "missing":
+            problems.append(f"the key '{key}' is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{key}: {message}" if key and not message.startswith(key) else message)
+    return "; ".join(problems) + "."
+
+
+def _dotted(loc: tuple[Any, ...]) -> str:
+    """The user's key for a pydantic location, without the tag that a discriminated union puts into it."""
+    return ".".join(str(part) for part in _without_tags(loc))
+
+
+def _without_tags(loc: tuple[Any, ...]) -> list[Any]:
+    tagged = {"schedule": 1, "crop": 1}
+    parts: list[Any] = []
+    skip = False
+    for index, part in enumerate(loc):
+        if skip:
+            skip = False
+            continue
+        parts.append(part)
+        skip = part in tagged and index + 1 < len(loc)
+    return parts
+
+
+def _fields_at(loc: tuple[Any, ...]) -> list[str]:
+    """The keys allowed at a location, for the nearest-name hint."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in loc:
+        following: list[type[BaseModel]] = []
+        for model in models:
+            field = model.model_fields.get(str(part))
+            if field is not None:
+                following += _models_in(field.annotation)
+            elif model.model_fields.get("kind") is not None and model.model_fields["kind"].default == part:
+                following.append(model)
+        models = following or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,188 @@
+"""The recipe schema: everything that decides the result of a run, and nothing about the cluster it runs on.
+
+Each section belongs to the component it configures. Unknown keys are refused (`configs.load` adds the nearest name).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from configs.duration import Duration
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """The network. `num_classes` is taken from the data when it is left out."""
+
+    name: str
+    stride: Literal["v1", "v1.5"] = "v1.5"
+    shortcut: Literal["A", "B"] = "B"
+    zero_init_gamma: bool = False
+    num_classes: PositiveInt | None = None
+
+
+class Batch(Section):
+    """`size` samples make a step; batch norm sees `micro` of them at a time, whatever the number of workers."""
+
+    size: PositiveInt
+    micro: PositiveInt
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Batch":
+        if self.size % self.micro:
+            near = [m for m in range(1, self.size + 1) if self.size % m == 0]
+            best = min(near, key=lambda m: abs(m - self.micro))
+            raise ValueError(
+                f"batch.micro={self.micro} does not divide batch.size={self.size}: try batch.micro={best}"
+            )
+        return self
+
+    @property
+    def num_micro(self) -> int:
+        """M, the number of micro-batches in a step, and so the largest number of workers."""
+        return self.size // self.micro
+
+
+class ResizedCrop(Section):
+    """Inception-style crop: area and aspect ratio drawn, resized to `size` (torchvision's RandomResizedCrop)."""
+
+    kind: Literal["resized_crop"] = "resized_crop"
+    area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+
+
+class ScaleCrop(Section):
+    """The paper's crop: shorter side drawn from `shorter`, then a random `size` x `size` crop."""
+
+    kind: Literal["scale_crop"] = "scale_crop"
+    shorter: tuple[PositiveInt, PositiveInt] = (256, 480)
+
+
+class PadCrop(Section):
+    """The CIFAR crop: pad every side by `padding` pixels of the mean colour, then a random `size` x `size` crop."""
+
+    kind: Literal["pad_crop"] = "pad_crop"
+    padding: NonNegativeInt = 4
+
+
+Crop = Annotated[ResizedCrop | ScaleCrop | PadCrop, Field(discriminator="kind")]
+
+
+class Input(Section):
+    """What the network sees. `mean` and `std` are per channel (RGB), for images in [0, 1].
+
+    Evaluation takes the central `size` x `size` crop of the image whose shorter side was resized to
+    `eval_resize`; null means that images already have the right size.
+    """
+
+    size: PositiveInt
+    mean: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    crop: Crop
+    flip: bool = True
+    pca_colour: NonNegativeFloat = 0.0
+    eval_resize: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _resize_covers_the_crop(self) -> "Input":
+        if self.eval_resize is not None and self.eval_resize < self.size:
+            raise ValueError(f"input.eval_resize={self.eval_resize} is smaller than input.size={self.size}")
+        return self
+
+
+class Sgd(Section):
+    """Stochastic gradient descent with momentum, as `torch.optim.SGD`; batch norm and biases decay only if asked."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: NonNegativeFloat = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 1e-4
+    decay_norm_and_bias: bool = False
+
+
+class Constant(Section):
+    kind: Literal["constant"] = "constant"
+    lr: NonNegativeFloat
+    warmup: Duration = Duration.parse("0it")
+
+
+class MultiStep(Section):
+    """The learning rate is multiplied by `gamma` at each milestone."""
+
+    kind: Literal["multistep"] = "multistep"
+    lr: NonNegativeFloat
+    milestones: tuple[Duration, ...]
+    gamma: PositiveFloat = 0.1
+    warmup: Duration = Duration.parse("0it")
+
+
+class Cosine(Section):
+    """Half a cosine from `lr` to `end_lr`, after a linear warm-up."""
+
+    kind: Literal["cosine"] = "cosine"
+    lr: NonNegativeFloat
+    end_lr: NonNegativeFloat = 0.0
+    warmup: Duration = Duration.parse("0it")
+
+
+class OneCycle(Section):
+    """Linear from 0 up to `lr` over `warmup`, then linear down to `end_lr` at the last step (Smith 2018)."""
+
+    kind: Literal["one_cycle"] = "one_cycle"
+    lr: NonNegativeFloat
+    end_lr: NonNegativeFloat = 0.0
+    warmup: Duration
+
+
+Schedule = Annotated[Constant | MultiStep | Cosine | OneCycle, Field(discriminator="kind")]
+
+
+class Loss(Section):
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+
+
+class Engine(Section):
+    name: Literal["ddp"] = "ddp"
+
+
+class Checkpoint(Section):
+    """When state is saved, and how many checkpoints are kept (the newest ones)."""
+
+    every: Duration = Duration.parse("1ep")
+    keep_last: PositiveInt = 3
+
+
+class Evaluate(Section):
+    """When the held-out split is evaluated (always after the last step too), in micro-batches of `batch`."""
+
+    every: Duration = Duration.parse("1ep")
+    batch: PositiveInt = 64
+
+
+class Log(Section):
+    every: Duration = Duration.parse("10it")
+
+
+class Recipe(Section):
+    """A whole run. Two runs with equal recipes see the same samples, crops and learning rates at every step."""
+
+    description: str = ""
+    data: str | None = None  # the data set `longhaul train` uses when --data is left out; only "digits" is embedded
+    seed: NonNegativeInt = Field(0, lt=2**63)
+    deterministic: bool = False
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    channels_last: bool = True
+    duration: Duration
+    model: Model
+    batch: Batch
+    input: Input
+    optimizer: Sgd = Sgd()
+    schedule: Schedule
+    loss: Loss = Loss()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    log: Log = Log()
