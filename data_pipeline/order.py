@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.philox import philox
+from data_pipeline.philox import mix64, philox
 
 _ROUNDS = 8
 
@@ -78,12 +78,5 @@ _ORDER_PURPOSE = 0xFFFF_FFFF  # apart from every purpose that `augment` draws fo
 def _feistel(values: NDArray[np.uint64], side: np.uint64, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     left, right = values // side, values % side
     for key in round_keys:
-        left, right = right, (left + _mix(right ^ key) % side) % side
+        left, right = right, (left + mix64(right ^ key) % side) % side
     return left * side + right
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

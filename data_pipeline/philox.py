@@ -45,3 +45,10 @@ def uniforms(key: int, epochs: U64 | int, ids: U64, purpose: int) -> NDArray[np.
     ids = np.asarray(ids, dtype=np.uint64)
     words = philox(key, (ids & _LOW, ids >> _32, np.asarray(epochs, dtype=np.uint64), purpose))
     return np.stack(words, axis=-1).astype(np.float64) * 2.0**-32
+
+
+def mix64(x: U64) -> U64:
+    """A bijective hash of 64-bit words: the finaliser of splitmix64 (Steele et al. 2014). Products wrap on purpose."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,14 @@
+"""What computes and reduces gradients. The loop knows only the interface in `base`."""
+
+from configs.schema import Recipe
+from trainer.engines.base import Engine
+from trainer.engines.ddp import DdpEngine
+from trainer.group import Group
+
+__all__ = ["Engine", "build_engine"]
+
+
+def build_engine(recipe: Recipe, num_classes: int, group: Group) -> Engine:
+    """The engine that the recipe names, its model initialised from the seed."""
+    engines = {"ddp": DdpEngine}
+    return engines[recipe.engine.name](recipe, num_classes, group)

@@ -1,0 +1,44 @@
+"""The interface of an engine: what the training loop needs, and no more."""
+
+from typing import Any, Protocol
+
+import torch
+
+
+class Engine(Protocol):
+    """A model and its optimizer, spread over the workers in some way."""
+
+    def forward_backward(self, images: torch.Tensor, labels: torch.Tensor, seed: int, first: bool, last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            images: float32 [n, 3, size, size], channels-last.
+            labels: int64 [n].
+            seed: for anything random in the network; a function of recipe, step and micro-batch.
+            first: whether this is micro-batch 0 of the step, whose batch-norm statistics are kept.
+            last: whether this is the rank's last micro-batch of the step, after which gradients are reduced.
+
+        Returns:
+            float64 [2] on the device, detached: the mean loss, and the number of correct predictions.
+        """
+        ...
+
+    def update(self, learning_rate: float) -> None:
+        """One optimizer step with the mean gradient over the whole batch."""
+        ...
+
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 [n, classes], in evaluation mode."""
+        ...
+
+    def synchronise_buffers(self) -> None:
+        """Give every rank the batch-norm statistics of rank 0, which alone keeps them; before saving or evaluating."""
+        ...
+
+    def export_state(self) -> dict[str, Any]:
+        """The canonical state: tensors by `model.<fqn>` and `optim.state.<fqn>.<name>`; sharing memory where it can."""
+        ...
+
+    def import_state(self, state: dict[str, Any]) -> None:
+        """Take over a state of the form of `export_state`."""
+        ...

@@ -1,0 +1,102 @@
+"""The exactly-once ledger: evidence, carried in every checkpoint, of which samples were used and how.
+
+Two things are kept, both sums modulo 2**64, so that neither the number of workers nor who did what can be seen in them:
+
+* for each epoch, how many samples were used and the sum of a hash of each: equal to that of the whole training split
+  exactly when every sample was used once (but for a chance of about 2**-64). It is checked without knowing the order.
+* for each step, a digest of its records (epoch, sample, crop box, flip) at their places in the batch: two runs with equal
+  digests saw the same crops of the same samples in the same micro-batches.
+
+What is recorded has come out of the input pipeline beside the pixels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from data_pipeline.order import Order
+from data_pipeline.philox import U64, mix64
+from trainer.group import Group
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def sample_hashes(epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> U64:
+    """A 64-bit hash of each (epoch, sample id)."""
+    return mix64(mix64(ids.astype(np.uint64) + _GOLDEN) ^ (epochs.astype(np.uint64) * _GOLDEN))
+
+
+def micro_digest(micro: int, records: NDArray[np.int64]) -> int:
+    """The digest of one micro-batch's records, int64 [n, columns]; a step's digest is the sum over its micro-batches."""
+    place = np.arange(len(records), dtype=np.uint64) + np.uint64(micro << 32)
+    rows = mix64(place + _GOLDEN)
+    for column in records.T:
+        rows = mix64(rows ^ (column.astype(np.uint64) + _GOLDEN))
+    return int(rows.sum(dtype=np.uint64))
+
+
+def epochs_touched(order: Order, steps: int) -> int:
+    """The number of epochs of which at least one sample has been used after `steps` steps."""
+    return -(-steps * order.batch_size // order.num_samples)
+
+
+@dataclass
+class Ledger:
+    """The ledger of a run up to some step.
+
+    Attributes:
+        steps: int64 [num_steps], the digest of each step.
+        epochs: int64 [epochs touched, 2], number of samples used and the sum of their hashes.
+    """
+
+    steps: torch.Tensor
+    epochs: torch.Tensor
+
+    @classmethod
+    def empty(cls, order: Order, steps: int) -> "Ledger":
+        """Zeros, of the shape that a checkpoint at `steps` has."""
+        touched = epochs_touched(order, steps)
+        return cls(torch.zeros(steps, dtype=torch.int64), torch.zeros(touched, 2, dtype=torch.int64))
+
+
+class Recorder:
+    """Collects what this rank has used, until a checkpoint merges it with the other ranks'."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._merged = ledger
+        self._first = len(ledger.steps)
+        self._digests: list[int] = []
+        self._epochs: dict[int, tuple[int, int]] = {}
+
+    def record(self, step: int, micro: int, records: NDArray[np.int64]) -> None:
+        """Note one micro-batch; `records` is int64 [n, 7], epoch and sample id first."""
+        place = step - self._first
+        self._digests.extend([0] * (place + 1 - len(self._digests)))
+        self._digests[place] = (self._digests[place] + micro_digest(micro, records)) % 2**64
+        epochs = records[:, 0]
+        hashes = sample_hashes(epochs, records[:, 1])
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            count, total = self._epochs.get(epoch, (0, 0))
+            self._epochs[epoch] = (count + int(here.sum()), (total + int(hashes[here].sum(dtype=np.uint64))) % 2**64)
+
+    def merge(self, order: Order, step: int, group: Group) -> Ledger:
+        """The ledger after `step` steps, the same on every rank; called by all ranks together."""
+        own = Ledger.empty(order, step)
+        old = self._merged
+        own.steps[self._first :] = _signed(self._digests)
+        for epoch, (count, total) in self._epochs.items():
+            own.epochs[epoch] = _signed([count, total])
+        for tensor in (own.steps, own.epochs):
+            dist.all_reduce(tensor, group=group.control)
+        own.steps[: self._first] = old.steps
+        own.epochs[: len(old.epochs)] += old.epochs
+        self._merged, self._first, self._digests, self._epochs = own, step, [], {}
+        return own
+
+
+def _signed(values: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.uint64).view(np.int64))

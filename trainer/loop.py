@@ -1,0 +1,147 @@
+"""The training loop. For each step: load, forward and backward, update, account."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs import Duration, Recipe
+from data_pipeline.loader import Batch, training_batches
+from data_pipeline.order import Order
+from data_pipeline.philox import philox
+from data_pipeline.shards import Split
+from trainer.checkpoint import Checkpointer
+from trainer.dealing import Work, deal
+from trainer.engines import Engine
+from trainer.evaluate import Score, evaluate
+from trainer.group import Group
+from trainer.ledger import Recorder
+from trainer.progress import Window, is_due
+from trainer.schedules import learning_rate, total_steps
+from trainer.stopping import Agreement, StopRequests
+from trainer.telemetry import Telemetry
+
+_FORWARD_PURPOSE = 0xFFFF_FFFE  # apart from the order's and the augmentation's
+
+
+@dataclass
+class Loop:
+    """Everything a run's loop works with; `step` is the number of updates done."""
+
+    recipe: Recipe
+    group: Group
+    engine: Engine
+    train_split: Split
+    val_split: Split | None
+    order: Order
+    recorder: Recorder
+    checkpointer: Checkpointer
+    telemetry: Telemetry
+    requests: StopRequests
+    threads: int
+    step: int
+
+    def run(self) -> Score | None:
+        """Train from `step` to the end, or until a stop is asked for. Returns the final score (None: stopped early, or
+        nothing held out)."""
+        total = total_steps(self.recipe, len(self.train_split))
+        micros = deal(self.recipe.batch.num_micro, self.group.world_size, self.group.rank)
+        batches = training_batches(
+            self.train_split, self.recipe.input, self.order,
+            Work(self.step, total, micros), self.group.device, self.threads,
+        )  # fmt: skip
+        agreement = Agreement(self.group)
+        self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
+        score = None
+        while self.step < total:
+            agreement.ask(self.requests.here())
+            for micro in micros:
+                batch = self._load(batches)
+                self._forward_backward(batch, micro, last=micro == micros[-1])
+                self.recorder.record(self.step, micro, batch.records)
+            self._update()
+            if self._due(self.recipe.log.every):
+                self._account(total)
+            if self._due(self.recipe.evaluate.every) or self.step == total:
+                score = self._evaluate()
+            stop = agreement.answer()
+            if self._due(self.recipe.checkpoint.every) or stop or self.step == total:
+                self._save()
+            if stop and self.step < total:
+                self.telemetry.event("stopped", step=self.step)
+                return None
+        return score
+
+    def finished(self) -> bool:
+        return self.step >= total_steps(self.recipe, len(self.train_split))
+
+    def evaluate_only(self) -> Score | None:
+        """The score of the state as it is."""
+        self.window = Window(self.group, 1, 1)
+        return self._evaluate()
+
+    def _load(self, batches: Iterator[Batch]) -> Batch:
+        began = time.monotonic()
+        batch = next(batches)
+        self.window.data_wait_seconds += time.monotonic() - began
+        return batch
+
+    def _forward_backward(self, batch: Batch, micro: int, last: bool) -> None:
+        seed = forward_seed(self.recipe.seed, self.step, micro)
+        self.window.add(self.engine.forward_backward(batch.images, batch.labels, seed, micro == 0, last))
+
+    def _update(self) -> None:
+        self.engine.update(learning_rate(self.recipe, len(self.train_split), self.step))
+        self.step += 1
+        self.window.steps += 1
+
+    def _account(self, total: int) -> None:
+        figures: dict[str, Any] = self.window.report()
+        rate = learning_rate(self.recipe, len(self.train_split), self.step - 1)
+        self.telemetry.step(self.step, total, round(self.order.epoch_of(self.step), 4), lr=rate, **figures)
+
+    def _evaluate(self) -> Score | None:
+        if self.val_split is None:
+            return None
+        began = time.monotonic()
+        self.engine.synchronise_buffers()
+        score = evaluate(self.engine, self.val_split, self.recipe, self.group, self.threads)
+        seconds = time.monotonic() - began
+        self.window.paused_seconds += seconds
+        self.telemetry.evaluation(self.step, round(self.order.epoch_of(self.step), 4), seconds, score.as_dict())
+        return score
+
+    def _save(self) -> None:
+        if self.checkpointer.last_step == self.step:
+            return
+        began = time.monotonic()
+        self.engine.synchronise_buffers()
+        ledger = self.recorder.merge(self.order, self.step, self.group)
+        state = training_state(self.engine, self.step, ledger.steps, ledger.epochs)
+        self.checkpointer.save(self.step, state, {"epoch": self.order.epoch_of(self.step)})
+        stall = time.monotonic() - began
+        self.window.paused_seconds += stall
+        self.telemetry.event("checkpoint_started", step=self.step, stall_seconds=round(stall, 4))
+
+    def _due(self, every: Duration) -> bool:
+        return is_due(every, self.step, self.recipe.batch.size, len(self.train_split))
+
+
+def training_state(engine: Engine, step: int, ledger_steps: torch.Tensor, ledger_epochs: torch.Tensor) -> dict[str, Any]:
+    """Everything that decides the future of a run, as tensors by name. No generator's state is among it: every random
+    number is a function of the seed and of where it is used."""
+    return {
+        **engine.export_state(),
+        "ledger.steps": ledger_steps,
+        "ledger.epochs": ledger_epochs,
+        "progress.step": torch.tensor(step, dtype=torch.int64),
+    }
+
+
+def forward_seed(seed: int, step: int, micro: int) -> int:
+    """The seed of whatever is random inside the network (dropout, say) for one micro-batch, below 2**63."""
+    high, low, _, _ = philox(seed, (step & 0xFFFFFFFF, step >> 32, micro, _FORWARD_PURPOSE))
+    return int((high >> np.uint64(1)) << np.uint64(32) | low)

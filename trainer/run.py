@@ -1,0 +1,259 @@
+"""One worker's life: join, check, resume, train, finish. The same under Ray, under torchrun and alone."""
+
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs import LonghaulError, Recipe
+from data_pipeline.order import Order
+from data_pipeline.shards import Split
+from trainer.checkpoint import Checkpointer, Saved, like, load, newest_valid, open_checkpoint, set_aside
+from trainer.engines import Engine, build_engine
+from trainer.evaluate import Score
+from trainer.group import Group, Rendezvous, join, pick_device
+from trainer.ledger import Ledger, Recorder
+from trainer.loop import Loop, training_state
+from trainer.rundir import RunDirectory, settle_recipe, write_atomically
+from trainer.stopping import StopRequests
+from trainer.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told. The recipe decides the result; the rest is where and how to compute it.
+
+    Attributes:
+        threads: CPU threads of this worker, for computing and for decoding (0: cores / workers on this machine).
+        timeout_seconds: how long a collective may wait for another worker.
+    """
+
+    recipe: Recipe
+    data: Path
+    run: RunDirectory
+    device: str = "auto"
+    threads: int = 0
+    timeout_seconds: float = 600.0
+    allow_changes: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a worker's life ended: "finished", "stopped" (asked to, after saving), and at which step."""
+
+    status: str
+    step: int
+
+
+def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
+    """Train the job as one of `place.world_size` workers. Raises LonghaulError, on every rank alike, for what the
+    user can mend."""
+    device = pick_device(job.device, place.local_rank)
+    threads = job.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    torch.set_num_threads(threads)
+    with join(place, device, job.timeout_seconds) as group, StopRequests(job.run.stop_file) as requests:
+        recipe = _settle(job, group)
+        torch.use_deterministic_algorithms(recipe.deterministic)
+        train_split, val_split = _together(group, lambda: _open_splits(job.data))
+        engine = _together(group, lambda: _build(recipe, len(train_split.manifest.classes), group))
+        return _Worker(job, recipe, group, requests, engine, train_split, val_split, threads).run()
+
+
+class _Worker:
+    def __init__(
+        self,
+        job: Job,
+        recipe: Recipe,
+        group: Group,
+        requests: StopRequests,
+        engine: Engine,
+        train_split: Split,
+        val_split: Split | None,
+        threads: int,
+    ) -> None:
+        self.job, self.recipe, self.group, self.engine = job, recipe, group, engine
+        self.requests, self.threads = requests, threads
+        self.train_split, self.val_split = train_split, val_split
+        self.order = Order(recipe.seed, len(train_split), recipe.batch.size, recipe.batch.micro)
+
+    def run(self) -> Outcome:
+        run, group = self.job.run, self.group
+        broken: list[tuple[str, str]] = []
+        saved = _choose_checkpoint(run, group, broken)
+        attempt = group.from_zero(_next_attempt(run) if group.rank == 0 else None)
+        step = 0 if saved is None else saved.step
+        telemetry = Telemetry(run, attempt, step, enabled=group.rank == 0)
+        try:
+            self._announce(telemetry, saved, broken)
+            checkpointer = Checkpointer(
+                run.checkpoints, group, attempt, self.recipe.checkpoint.keep_last,
+                on_saved=lambda path, seconds: telemetry.event(
+                    "checkpoint", path=str(path), step=int(path.name[5:]), seconds=round(seconds, 3)
+                ),
+                on_failed=lambda at, why: telemetry.event("checkpoint_failed", step=at, reason=why),
+            )  # fmt: skip
+            loop = Loop(
+                self.recipe, group, self.engine, self.train_split, self.val_split, self.order,
+                Recorder(self._restore(saved)), checkpointer, telemetry, self.requests, self.threads, step,
+            )  # fmt: skip
+            checkpointer.last_step = step if saved is not None else -1
+            already_there = loop.finished()
+            score = loop.evaluate_only() if already_there else loop.run()
+            checkpointer.close()
+            if not loop.finished():
+                return Outcome("stopped", loop.step)
+            if group.rank == 0:
+                _write_result(run, score, loop.step, attempt)
+            telemetry.event("finished", step=loop.step)
+            return Outcome("finished", loop.step)
+        except BaseException as error:
+            telemetry.event("failure", rank=group.rank, error=f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
+        finally:
+            telemetry.close()
+
+    def _announce(self, telemetry: Telemetry, saved: Saved | None, broken: Iterable[tuple[str, str]]) -> None:
+        """Everything about this start in events.jsonl, and the recipe beside it."""
+        workers = self.group.gather(
+            {
+                "rank": self.group.rank,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "device": str(self.group.device),
+                "threads": self.threads,
+            }
+        )
+        data_hash = _data_hash(self.job.data)
+        _together(self.group, lambda: _check_same_data(self.job.run, data_hash, self.job.data))
+        for path, why in broken:
+            telemetry.event("checkpoint_broken", path=path, reason=why)
+        telemetry.event(
+            "start", world_size=self.group.world_size, workers=workers, data=str(self.job.data), data_sha256=data_hash,
+            step=0 if saved is None else saved.step, recipe_sha256=_recipe_hash(self.recipe), torch=torch.__version__,
+        )  # fmt: skip
+        if saved is not None:
+            telemetry.event("resume", step=saved.step, path=str(saved.path), saved_by=saved.manifest["world_size"])
+        if self.group.rank == 0:
+            self.job.run.write_recipe(self.recipe)
+            self.job.run.stop_file.unlink(missing_ok=True)
+        self.group.barrier()
+
+    def _restore(self, saved: Saved | None) -> Ledger:
+        ledger = Ledger.empty(self.order, 0 if saved is None else saved.step)
+        if saved is not None:
+            state = like(training_state(self.engine, saved.step, ledger.steps, ledger.epochs))
+            load(saved, state, self.group)
+            self.engine.import_state(state)
+            ledger = Ledger(state["ledger.steps"], state["ledger.epochs"])
+        return ledger
+
+
+def _together(group: Group, act: Callable[[], Any]) -> Any:
+    """Do something on every rank; where one fails for a reason the user can mend, all raise it, so that none waits."""
+    problem, result = None, None
+    try:
+        result = act()
+    except LonghaulError as error:
+        problem = str(error)
+    problems = [p for p in group.gather(problem) if p is not None]
+    if problems:
+        raise LonghaulError(problems[0])
+    return result
+
+
+def _settle(job: Job, group: Group) -> Recipe:
+    """The resolved recipe, decided by rank 0: `precision: auto` becomes what its hardware is fast at."""
+
+    def decide() -> Recipe | None:
+        if group.rank != 0:
+            return None
+        recipe = settle_recipe(job.run, job.recipe, job.allow_changes)
+        if recipe.precision == "auto":
+            recipe = recipe.model_copy(update={"precision": "bf16" if has_fast_bf16(group.device) else "fp32"})
+        if recipe.batch.num_micro < group.world_size:
+            raise LonghaulError(
+                f"{group.world_size} workers are too many: batch.size={recipe.batch.size} in micro-batches of "
+                f"{recipe.batch.micro} gives work to {recipe.batch.num_micro} at most; use --workers "
+                f"{recipe.batch.num_micro}."
+            )
+        return recipe
+
+    return group.from_zero(_together(group, decide))
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is in the hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _open_splits(data: Path) -> tuple[Split, Split | None]:
+    train_split = Split(data, "train")
+    return train_split, Split(data, "val") if train_split.manifest.num_samples("val") else None
+
+
+def _build(recipe: Recipe, found_classes: int, group: Group) -> Engine:
+    wanted = recipe.model.num_classes
+    if wanted is not None and wanted < found_classes:
+        raise LonghaulError(
+            f"model.num_classes={wanted} but the data set has {found_classes} classes; leave the key out to follow it."
+        )
+    return build_engine(recipe, wanted or found_classes, group)
+
+
+def _choose_checkpoint(run: RunDirectory, group: Group, broken: list[tuple[str, str]]) -> Saved | None:
+    """The newest checkpoint that verifies. Rank 0 reads and decides; what is broken is set aside."""
+    path: Path | None = None
+    if group.rank == 0:
+        found = newest_valid(run.checkpoints, lambda p, why: broken.append((str(set_aside(p)), why)))
+        path = None if found is None else found.path
+    path = group.from_zero(path)
+    return None if path is None else open_checkpoint(path)
+
+
+def _next_attempt(run: RunDirectory) -> int:
+    return 1 + sum(event["event"] == "start" for event in run.events())
+
+
+def _data_hash(data: Path) -> str:
+    """The manifest names the SHA-256 of every shard, so its own stands for the whole data set."""
+    return hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest()
+
+
+def _check_same_data(run: RunDirectory, data_hash: str, data: Path) -> None:
+    first = next((e for e in run.events() if e["event"] == "start"), None)
+    if first is not None and first["data_sha256"] != data_hash:
+        raise LonghaulError(
+            f"The run {run.path} was started on {first['data']}, whose contents are not those of {data}: "
+            f"give the same data, or another --name."
+        )
+
+
+def _recipe_hash(recipe: Recipe) -> str:
+    return hashlib.sha256(recipe.model_dump_json(exclude={"description"}).encode()).hexdigest()
+
+
+def _write_result(run: RunDirectory, score: Score | None, step: int, attempt: int) -> None:
+    figures = {"top1": None, "top5": None, "num_images": 0} if score is None else score.as_dict()
+    result = {**figures, "steps": step, "seconds": round(_seconds_worked(run), 3), "attempts": attempt}
+    write_atomically(run.result_file, json.dumps(result, indent=1) + "\n")
+
+
+def _seconds_worked(run: RunDirectory) -> float:
+    """Wall time from the start of each attempt to its last event, summed; the last one goes on until now."""
+    began: dict[int, float] = {}
+    ended: dict[int, float] = {}
+    for event in run.events():
+        attempt = event.get("attempt", 0)
+        began.setdefault(attempt, event["time"])
+        ended[attempt] = event["time"]
+    ended[max(ended)] = time.time()
+    return sum(ended[attempt] - began[attempt] for attempt in ended)

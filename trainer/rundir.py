@@ -1,0 +1,149 @@
+"""The directory of a run: its recipe, events, checkpoints, result; and the rule by which a run may go on."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs import LonghaulError, Recipe, dump, parse_recipe
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths in `runs/NAME/`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def stop_file(self) -> Path:
+        """Asks the workers, wherever they are, to save a checkpoint and leave."""
+        return self.path / "stop"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def require(self) -> "RunDirectory":
+        """This directory, or LonghaulError where it is not a run's."""
+        if not self.recipe_file.is_file():
+            near = sorted(p.name for p in self.path.parent.glob("*") if (p / "recipe.yaml").is_file())
+            known = f"runs here: {', '.join(near)}" if near else "start one with `longhaul train RECIPE --name NAME`"
+            raise LonghaulError(f"There is no run at {self.path} (no recipe.yaml); {known}.")
+        return self
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe that the run was started with."""
+        return parse_recipe(yaml.safe_load(self.require().recipe_file.read_text()), str(self.recipe_file))
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        write_atomically(self.recipe_file, dump(recipe))
+
+    def result(self) -> dict[str, Any] | None:
+        """The contents of result.json, or None while the run is not finished."""
+        return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events so far; a last line cut short by a crash is passed over."""
+        if not self.events_file.is_file():
+            return
+        with self.events_file.open() as lines:
+            for line in lines:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+
+class Events:
+    """Appends to events.jsonl: one JSON object a line, each with `event` and `time` (seconds since 1970)."""
+
+    def __init__(self, run: RunDirectory, enabled: bool = True) -> None:
+        self._file = run.events_file.open("a", buffering=1) if enabled else None
+        self._lock = threading.Lock()
+
+    def write(self, event: str, **fields: Any) -> None:
+        if self._file is not None:
+            line = json.dumps({"event": event, "time": round(time.time(), 3), **fields})
+            with self._lock:
+                self._file.write(line + "\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def settle_recipe(run: RunDirectory, recipe: Recipe, allow_changes: bool) -> Recipe:
+    """The recipe to go on with. `precision: auto` adopts what the run began with.
+
+    Raises LonghaulError with the difference when a run of this name was started with another recipe.
+    """
+    if not run.recipe_file.is_file():
+        return recipe
+    old = run.recipe()
+    if recipe.precision == "auto":
+        recipe = recipe.model_copy(update={"precision": old.precision})
+    changes = difference(old, recipe)
+    if changes and not allow_changes:
+        raise LonghaulError(
+            f"The run {run.path} was started with another recipe: {'; '.join(changes)}. "
+            f"Give another --name, or --allow-changes to go on with the new values."
+        )
+    return recipe
+
+
+def difference(old: Recipe, new: Recipe) -> list[str]:
+    """What changed, one ``key: old -> new`` each."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    keys = [*before, *(key for key in after if key not in before)]
+    return [
+        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in keys
+        if key != "description" and before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
