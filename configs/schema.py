@@ -5,7 +5,16 @@ Each section belongs to the component it configures. Unknown keys are refused (`
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from configs.duration import Duration
 
@@ -35,9 +44,7 @@ class Batch(Section):
         if self.size % self.micro:
             near = [m for m in range(1, self.size + 1) if self.size % m == 0]
             best = min(near, key=lambda m: abs(m - self.micro))
-            raise ValueError(
-                f"batch.micro={self.micro} does not divide batch.size={self.size}: try batch.micro={best}"
-            )
+            raise ValueError(f"batch.micro={self.micro} does not divide batch.size={self.size}: try batch.micro={best}")
         return self
 
     @property

@@ -62,7 +62,11 @@ def augment(
 
 
 def _resized_crop(
-    crop: ResizedCrop, seed: int, epochs: NDArray[np.uint64], ids: NDArray[np.uint64], sizes: NDArray[np.int32]
+    crop: ResizedCrop,
+    seed: int,
+    epochs: NDArray[np.uint64],
+    ids: NDArray[np.uint64],
+    sizes: NDArray[np.int32],
 ) -> NDArray[np.int32]:
     """torchvision's RandomResizedCrop: up to ten tries, then the largest central box of an allowed ratio."""
     boxes = _central_box(crop.ratio, sizes)
@@ -91,9 +95,7 @@ def _central_box(ratio: tuple[float, float], sizes: NDArray[np.int32]) -> NDArra
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1).astype(np.int32)
 
 
-def _scale_crop(
-    crop: ScaleCrop, size: int, u: NDArray[np.float64], sizes: NDArray[np.int32]
-) -> NDArray[np.int32]:
+def _scale_crop(crop: ScaleCrop, size: int, u: NDArray[np.float64], sizes: NDArray[np.int32]) -> NDArray[np.int32]:
     """He et al. 2015, 3.4: resize the shorter side to s, crop `size`: a box of size * shorter / s source pixels."""
     shorter = sizes.min(axis=1).astype(np.float64)
     low, high = crop.shorter

@@ -55,7 +55,10 @@ class _Statistics:
 
 
 def prepare(
-    source: Source, out: Path, shard_bytes: int = SHARD_BYTES, progress: Callable[[int, int], None] | None = None
+    source: Source,
+    out: Path,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Write `source` as a data set into the new directory `out`; the same source gives the same bytes.
 

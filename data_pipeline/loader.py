@@ -34,7 +34,12 @@ class Batch:
 
 
 def training_batches(
-    split: Split, config: Input, order: Order, work: Sequence[tuple[int, int]], device: torch.device, threads: int
+    split: Split,
+    config: Input,
+    order: Order,
+    work: Sequence[tuple[int, int]],
+    device: torch.device,
+    threads: int,
 ) -> Iterator[Batch]:
     """The micro-batches `work`, a sequence of (step, micro) that may be as long as the run; it is not copied."""
     check_sizes(split, config)
@@ -46,7 +51,13 @@ def training_batches(
         epochs, ids = order.micro_batch(*work[index])
         drawn = augment(config, order.seed, epochs, ids, split.sizes[ids])
         records = np.concatenate(
-            [epochs[:, None], ids[:, None], drawn.boxes.astype(np.int64), drawn.flips[:, None].astype(np.int64)], axis=1
+            [
+                epochs[:, None],
+                ids[:, None],
+                drawn.boxes.astype(np.int64),
+                drawn.flips[:, None].astype(np.int64),
+            ],
+            axis=1,
         )
         anchors, shapes = np.ascontiguousarray(drawn.boxes[:, :2]), np.ascontiguousarray(drawn.boxes[:, 2:])
         given = (split.jpegs(ids), anchors, shapes, drawn.flips, records)

@@ -74,7 +74,9 @@ class Manifest:
             splits = {name: [Shard(**shard) for shard in shards] for name, shards in values.pop("splits").items()}
             manifest = cls(splits=splits, **values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LonghaulError(f"{path} is not a manifest of Longhaul ({error}): prepare the data set again.") from None
+            raise LonghaulError(
+                f"{path} is not a manifest of Longhaul ({error}): prepare the data set again."
+            ) from None
         if manifest.format != FORMAT:
             raise LonghaulError(
                 f"{path} has format {manifest.format}, this version reads {FORMAT}: prepare the data set again."
@@ -95,7 +97,9 @@ class Split:
         self.manifest = Manifest.read(directory)
         shards = self.manifest.splits.get(name, [])
         if not shards:
-            raise LonghaulError(f"{directory} has no split '{name}'; it has {', '.join(self.manifest.splits) or 'none'}.")
+            raise LonghaulError(
+                f"{directory} has no split '{name}'; it has {', '.join(self.manifest.splits) or 'none'}."
+            )
         batches = [_open(directory / shard.file, shard.rows) for shard in shards]
         self._offsets = [np.frombuffer(b.column(0).buffers()[1], np.int32)[: b.num_rows + 1] for b in batches]
         self._values = [np.frombuffer(b.column(0).buffers()[2], np.uint8) for b in batches]

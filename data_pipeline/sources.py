@@ -51,7 +51,9 @@ def open_source(source: str, holdout: float) -> Source:
         return Tree(path.stem, _TarFiles(path), holdout)
     if path.is_file():
         raise LonghaulError(f"{path} is neither a directory nor a zip or tar file of a class-per-folder tree.")
-    raise LonghaulError(f"There is no {path}: give 'digits', or a directory, zip or tar file with a folder for each class.")
+    raise LonghaulError(
+        f"There is no {path}: give 'digits', or a directory, zip or tar file with a folder for each class."
+    )
 
 
 class Digits:

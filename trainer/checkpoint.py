@@ -167,7 +167,13 @@ class Checkpointer:
         problems = [p for p, _ in outcomes if p is not None]
         if not problems:
             hashed = {name: mark for _, own in outcomes for name, mark in own.items()}
-            manifest = {"format": FORMAT, "step": step, "world_size": self._group.world_size, "files": hashed, **extra}
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "world_size": self._group.world_size,
+                "files": hashed,
+                **extra,
+            }
             try:
                 path = self._commit(temporary, step, manifest)
             except OSError as error:

@@ -81,7 +81,10 @@ class Recorder:
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             count, total = self._epochs.get(epoch, (0, 0))
-            self._epochs[epoch] = (count + int(here.sum()), (total + int(hashes[here].sum(dtype=np.uint64))) % 2**64)
+            self._epochs[epoch] = (
+                count + int(here.sum()),
+                (total + int(hashes[here].sum(dtype=np.uint64))) % 2**64,
+            )
 
     def merge(self, order: Order, step: int, group: Group) -> Ledger:
         """The ledger after `step` steps, the same on every rank; called by all ranks together."""

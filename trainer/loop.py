@@ -130,7 +130,9 @@ class Loop:
         return is_due(every, self.step, self.recipe.batch.size, len(self.train_split))
 
 
-def training_state(engine: Engine, step: int, ledger_steps: torch.Tensor, ledger_epochs: torch.Tensor) -> dict[str, Any]:
+def training_state(
+    engine: Engine, step: int, ledger_steps: torch.Tensor, ledger_epochs: torch.Tensor
+) -> dict[str, Any]:
     """Everything that decides the future of a run, as tensors by name. No generator's state is among it: every random
     number is a function of the seed and of where it is used."""
     return {

@@ -59,6 +59,7 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
     threads = job.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
     torch.set_num_threads(threads)
     with join(place, device, job.timeout_seconds) as group, StopRequests(job.run.stop_file) as requests:
+        _together(group, lambda: _require_shared(job.run))
         recipe = _settle(job, group)
         torch.use_deterministic_algorithms(recipe.deterministic)
         train_split, val_split = _together(group, lambda: _open_splits(job.data))
@@ -161,11 +162,18 @@ def _together(group: Group, act: Callable[[], Any]) -> Any:
     try:
         result = act()
     except LonghaulError as error:
-        problem = str(error)
+        problem = str(error) if group.world_size == 1 else f"{error} (On {socket.gethostname()}.)"
     problems = [p for p in group.gather(problem) if p is not None]
     if problems:
         raise LonghaulError(problems[0])
     return result
+
+
+def _require_shared(run: RunDirectory) -> None:
+    if not run.path.is_dir():
+        raise LonghaulError(
+            f"The run's directory {run.path} is not there: give --runs a directory that every machine shares."
+        )
 
 
 def _settle(job: Job, group: Group) -> Recipe:

@@ -13,7 +13,9 @@ class Telemetry:
         self.events = Events(run, enabled)
         self._board: Any = None
         if enabled:
-            from torch.utils.tensorboard import SummaryWriter  # a second of importing that other ranks do without
+            from torch.utils.tensorboard import (
+                SummaryWriter,
+            )  # a second of importing that other ranks do without
 
             # What an interrupted attempt wrote past the checkpoint is not shown twice.
             self._board = SummaryWriter(str(run.tensorboard), purge_step=from_step + 1 if from_step else None)

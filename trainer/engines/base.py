@@ -8,7 +8,9 @@ import torch
 class Engine(Protocol):
     """A model and its optimizer, spread over the workers in some way."""
 
-    def forward_backward(self, images: torch.Tensor, labels: torch.Tensor, seed: int, first: bool, last: bool) -> torch.Tensor:
+    def forward_backward(
+        self, images: torch.Tensor, labels: torch.Tensor, seed: int, first: bool, last: bool
+    ) -> torch.Tensor:
         """Forward and backward of one micro-batch.
 
         Args:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import Recipe
@@ -81,9 +80,7 @@ class DdpEngine:
             tensor.copy_(state[key])
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self._group.device.type, dtype=torch.bfloat16, enabled=self._recipe.precision == "bf16"
-        )
+        return torch.autocast(self._group.device.type, dtype=torch.bfloat16, enabled=self._recipe.precision == "bf16")
 
     def _laid_out(self, images: torch.Tensor) -> torch.Tensor:
         return images if self._recipe.channels_last else images.contiguous()
@@ -92,7 +89,7 @@ class DdpEngine:
         network = DistributedDataParallel(
             self._model,
             process_group=self._group.gradients,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,  # statistics are kept by rank 0 alone
             gradient_as_bucket_view=True,
         )
         if self._recipe.deterministic:

@@ -1,0 +1,1 @@
+"""What people type: the `longhaul` command and the scripts for `ray submit`."""

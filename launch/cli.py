@@ -1,0 +1,154 @@
+"""The `longhaul` command."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from configs import LonghaulError, list_recipes, load_recipe
+
+console = Console(soft_wrap=True)
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Longhaul trains ResNets on ImageNet: [bold]a run is a function of its recipe and seed, "
+    "not of the cluster it ran on.[/bold]",
+)
+
+RunsOption = Annotated[
+    Path,
+    typer.Option("--runs", envvar="LONGHAUL_RUNS", help="Where runs live; with several machines, storage they share."),
+]
+DataOption = Annotated[Path | None, typer.Option("--data", help="The data set (made by `longhaul prepare`).")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads a worker (0: cores / workers).")]
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and Ray's own log.")] = False,
+) -> None:
+    if debug:
+        os.environ["LONGHAUL_DEBUG"] = "1"
+
+
+@app.command(
+    epilog="Examples:  longhaul prepare digits --out data/digits   |   longhaul prepare cifar10/ --out data/cifar10"
+)
+def prepare(
+    source: Annotated[str, typer.Argument(help="'digits', or a directory, zip or tar with a folder for each class.")],
+    out: Annotated[Path, typer.Option("--out", help="The data set's directory; it must not exist.")],
+    holdout: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Share to hold out where the source has no val/ or test/.")
+    ] = 0.0,
+) -> None:
+    """Write images into Arrow shards, each verified by decoding it.
+
+    A tree with [bold]train/CLASS/*.jpg[/bold] and [bold]val/[/bold] or [bold]test/[/bold] keeps its splits; a plain
+    [bold]CLASS/*.jpg[/bold] tree is all for training, but the share --holdout.
+    """
+    from launch.commands import prepare_data
+
+    prepare_data(console, source, out, holdout)
+
+
+@app.command(
+    epilog="Examples:  longhaul train digits --name demo --workers 2   |   "
+    "longhaul train resnet50 seed=1 schedule.lr=0.5 --data data/imagenet --name rn50   |   "
+    "torchrun --nproc-per-node 2 -m launch.cli train digits --name demo --local"
+)
+def train(
+    recipe: Annotated[str, typer.Argument(help=f"A name ({', '.join(list_recipes())}) or a path to a YAML file.")],
+    name: Annotated[str, typer.Option("--name", help="The run's name; the same name again resumes it.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
+    data: DataOption = None,
+    runs: RunsOption = Path("runs"),
+    workers: Annotated[
+        int,
+        typer.Option("--workers", min=0, help="Training processes (0: a process for each GPU, else for each core)."),
+    ] = 0,
+    local: Annotated[bool, typer.Option("--local", help="Without Ray: one process, or those of torchrun.")] = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
+    max_failures: Annotated[int, typer.Option(help="How often workers may be lost before giving up.")] = 100,
+    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume although the recipe changed.")] = False,
+) -> None:
+    """Train a recipe, or resume the run of that name from its newest valid checkpoint."""
+    from launch.commands import train_run
+
+    train_run(
+        console, load_recipe(recipe, overrides or ()), data, runs / name, workers, local, device, threads,
+        max_failures, allow_changes,
+    )  # fmt: skip
+
+
+@app.command("eval", epilog="Examples:  longhaul eval demo   |   longhaul eval runs/demo/checkpoints/step-00000676")
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run's name or directory, or a checkpoint's directory.")],
+    data: DataOption = None,
+    runs: RunsOption = Path("runs"),
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
+) -> None:
+    """Score a checkpoint (of a run: its newest valid one) on every held-out image, each exactly once."""
+    from launch.commands import evaluate_checkpoint
+
+    evaluate_checkpoint(console, target, data, runs, device, threads)
+
+
+@app.command(epilog="Example:  longhaul verify demo")
+def verify(
+    run: Annotated[str, typer.Argument(help="A run's name or directory.")],
+    data: DataOption = None,
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Prove from the ledger that every epoch used every sample exactly once, across all failures.
+
+    Recomputes the samples, crops and flips of every step from recipe and seed, and compares them with what went
+    through the input pipeline. Exits with 1 when something does not hold.
+    """
+    from launch.commands import verify_run
+
+    verify_run(console, run, data, runs)
+
+
+@app.command(epilog="Example:  longhaul report demo")
+def report(
+    run: Annotated[str, typer.Argument(help="A run's name or directory.")], runs: RunsOption = Path("runs")
+) -> None:
+    """Write report.html: curves, throughput, failures, and what limits the run."""
+    from launch.commands import report_run
+
+    report_run(console, run, runs)
+
+
+@app.command(epilog="Example:  longhaul doctor")
+def doctor() -> None:
+    """Say what of DALI, CUDA, NCCL, apex and Ray is there, and what will be used."""
+    from launch.doctor import examine
+
+    examine(console)
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend are one sentence, without a traceback."""
+    try:
+        app()
+    except LonghaulError as error:
+        if os.environ.get("LONGHAUL_DEBUG"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            Console(stderr=True, soft_wrap=True).print(
+                f"[bold red]Error:[/bold red] {escape(str(error))}", highlight=False
+            )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""What the commands of `longhaul` do."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from configs import LonghaulError, Recipe
+from data_pipeline.shards import Manifest
+from launch.view import View, shown_path
+from trainer.rundir import RunDirectory, settle_recipe
+
+
+def prepare_data(console: Console, source: str, out: Path, holdout: float) -> None:
+    """`longhaul prepare`."""
+    from data_pipeline.ingest import prepare
+    from data_pipeline.sources import open_source
+
+    with _progress(console) as bar:
+        task = bar.add_task("images", total=None)
+        manifest = prepare(
+            open_source(source, holdout),
+            out,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    counts = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
+    console.print(f"{out}: {counts}; {len(manifest.classes):,} classes; mean {manifest.mean}, std {manifest.std}")
+    if "val" not in manifest.splits:
+        console.print("[yellow]Nothing is held out, so runs on it will not be evaluated; --holdout 0.1 keeps a tenth.")
+    if manifest.quarantined:
+        console.print(
+            f"[yellow]{len(manifest.quarantined)} images could not be decoded and were left out; "
+            f"{out / 'manifest.json'} names them under 'quarantined'."
+        )
+
+
+def train_run(
+    console: Console,
+    recipe: Recipe,
+    data: Path | None,
+    path: Path,
+    workers: int,
+    local: bool,
+    device: str,
+    threads: int,
+    max_failures: int,
+    allow_changes: bool,
+) -> None:
+    """`longhaul train`."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise LonghaulError(f"--device {device}: it is auto, cpu or cuda.")
+    run = RunDirectory(path.absolute())
+    recipe = settle_recipe(run, recipe, allow_changes)
+    data = _find_data(console, recipe, data, run)
+    manifest = Manifest.read(data)
+    if _is_finished(run, recipe, manifest) and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        console.print("The run is finished already.")
+        _show_result(console, run)
+        return
+    run.path.mkdir(parents=True, exist_ok=True)
+
+    from trainer.run import Job
+
+    job = Job(recipe, data.absolute(), run, device, threads, allow_changes=allow_changes)
+    if local:
+        _train_here(console, job, workers)
+    else:
+        _train_on_ray(console, job, workers, max_failures)
+
+
+def _find_data(console: Console, recipe: Recipe, data: Path | None, run: RunDirectory) -> Path:
+    """--data, or the embedded data set, written beside the runs where the recipe asks for it."""
+    if data is not None:
+        return data
+    if recipe.data != "digits":
+        raise LonghaulError("--data is missing: give the data set's directory (see `longhaul prepare --help`).")
+    embedded = run.path.parent / ".data" / "digits"
+    if not embedded.exists():
+        console.print(f"Writing the embedded digits into {shown_path(embedded)}")
+        prepare_data(console, "digits", embedded, 0.0)
+    return embedded
+
+
+def _is_finished(run: RunDirectory, recipe: Recipe, manifest: Manifest) -> bool:
+    from trainer.schedules import total_steps
+
+    result = run.result()
+    return result is not None and result["steps"] >= total_steps(recipe, manifest.num_samples("train"))
+
+
+def _train_here(console: Console, job, workers: int) -> None:  # type: ignore[no-untyped-def]  # Job is imported late
+    from trainer.group import Rendezvous
+    from trainer.run import work
+
+    place = Rendezvous.from_environment()
+    if workers not in (0, place.world_size):
+        raise LonghaulError(
+            f"--local --workers {workers}: without Ray, torchrun starts the workers: "
+            f"torchrun --nproc-per-node {workers} -m launch.cli {shlex.join(sys.argv[1:])}"
+        )
+    view = View(job.run, console)
+    done = threading.Event()
+    watching = threading.Thread(target=view.follow, args=(lambda: not done.is_set(),), daemon=True)
+    if place.rank == 0:
+        watching.start()
+    try:
+        work(job, place, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    finally:
+        done.set()
+        if place.rank == 0:
+            watching.join(timeout=5)
+    if place.rank == 0:
+        _conclude(console, job.run, view)
+
+
+def _train_on_ray(console: Console, job, workers: int, max_failures: int) -> None:  # type: ignore[no-untyped-def]
+    with console.status("Starting Ray ..."):
+        from cluster.runner import Placement, connect, count_workers, train_on_ray
+
+        verbose = bool(os.environ.get("LONGHAUL_DEBUG"))
+        connect(verbose)
+    placement = Placement(count_workers(job, workers), max_failures, verbose)
+    view = View(job.run, console)
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            train_on_ray(job, placement)
+        except BaseException as error:
+            failure.append(error)
+
+    fitting = threading.Thread(target=fit, daemon=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    fitting.start()
+    try:
+        view.follow(fitting.is_alive)
+    except KeyboardInterrupt:
+        job.run.stop_file.touch()
+        console.print("Stopping: saving a checkpoint. Ctrl-C again leaves at once, without it.")
+        view.follow(fitting.is_alive)
+    if failure:
+        raise failure[0]
+    _conclude(console, job.run, view)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise KeyboardInterrupt
+
+
+def _conclude(console: Console, run: RunDirectory, view: View) -> None:
+    """Say how it ended, write the report, and leave with the right exit code."""
+    if view.errors:
+        raise LonghaulError(view.errors[0])
+    from trainer.report import write_report
+
+    report = write_report(run)
+    if view.last.get("event") != "finished":
+        console.print(f"Go on with the same command: {_typed()}", highlight=False)
+        raise typer.Exit(130)
+    _show_result(console, run)
+    console.print(f"Report: {shown_path(report)}", highlight=False)
+
+
+def _typed() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _show_result(console: Console, run: RunDirectory) -> None:
+    result = run.result() or {}
+    if result.get("top1") is None:
+        score = "nothing was held out to evaluate"
+    else:
+        score = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%} of {result['num_images']:,} held-out images"
+    console.print(
+        f"[bold green]{run.name}:[/bold green] {score}; {result['steps']:,} steps, {result['seconds']:.1f} s, "
+        f"attempts: {result['attempts']}",
+        highlight=False,
+    )
+
+
+def find_run(name: str, runs: Path) -> RunDirectory:
+    """A run by its name in `runs`, or by its directory."""
+    direct = Path(name)
+    path = direct if (direct / "recipe.yaml").is_file() else runs / name
+    return RunDirectory(path.absolute()).require()
+
+
+def evaluate_checkpoint(
+    console: Console, target: str, data: Path | None, runs: Path, device: str, threads: int
+) -> None:
+    """`longhaul eval`."""
+    from trainer.score import score_checkpoint
+
+    checkpoint = Path(target)
+    if (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == "checkpoints":
+        run = RunDirectory(checkpoint.absolute().parent.parent).require()
+        score, saved = score_checkpoint(run, checkpoint.absolute(), data, device, threads)
+    else:
+        run = find_run(target, runs)
+        score, saved = score_checkpoint(run, None, data, device, threads)
+    figures = score.as_dict()
+    console.print(
+        f"{shown_path(saved.path)}: top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, "
+        f"loss {figures['loss']:.4f}, {score.num_images:,} images",
+        highlight=False,
+    )
+    console.print_json(json.dumps(figures))
+
+
+def verify_run(console: Console, name: str, data: Path | None, runs: Path) -> None:
+    """`longhaul verify`."""
+    from trainer.verify import verify
+
+    run = find_run(name, runs)
+    with _progress(console) as bar:
+        task = bar.add_task("steps", total=None)
+        findings = verify(run, data, lambda done, total: bar.update(task, completed=done, total=total))
+    table = Table(show_header=False, box=None)
+    for finding in findings:
+        table.add_row("[green]yes" if finding.holds else "[bold red]NO", finding.what, finding.figures)
+    console.print(table)
+    if not all(finding.holds for finding in findings):
+        raise typer.Exit(1)
+
+
+def report_run(console: Console, name: str, runs: Path) -> None:
+    """`longhaul report`."""
+    from trainer.report import write_report
+
+    console.print(shown_path(write_report(find_run(name, runs))), highlight=False)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,122 @@
+"""What people see while a run goes on: its events as a live progress bar on a terminal, as quiet lines in a log."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainer.rundir import RunDirectory
+
+_LOG_SECONDS = 15.0
+Event = dict[str, Any]
+
+
+class View:
+    """Shows the events of a run that are written after this object was made."""
+
+    def __init__(self, run: RunDirectory, console: Console) -> None:
+        self.console = console
+        self._file = run.events_file
+        self._offset = self._file.stat().st_size if self._file.is_file() else 0
+        self._last_line = 0.0
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self.last: Event = {}
+        self.errors: list[str] = []
+
+    def follow(self, alive: Callable[[], bool]) -> None:
+        """Show events until `alive()` is false; an interrupt (Ctrl-C) comes through to the caller."""
+        with self._progress() as bar:
+            self._bar = bar
+            while True:
+                running = alive()  # asked first, so that what was written before the end is still shown
+                for event in self._new_events():
+                    self._show(event)
+                if not running:
+                    return
+                time.sleep(0.2)
+
+    def _progress(self) -> Progress:
+        return Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def _new_events(self) -> Iterator[Event]:
+        if not self._file.is_file():
+            return
+        with self._file.open("rb") as lines:
+            lines.seek(self._offset)
+            for line in lines:
+                if not line.endswith(b"\n"):  # still being written
+                    return
+                self._offset += len(line)
+                try:
+                    yield json.loads(line)
+                except ValueError:  # cut short by a crash
+                    continue
+
+    def _show(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "step":
+            self._show_step(event)
+        elif kind == "error":
+            self.errors.append(event["message"])
+        elif kind in _LINES:
+            self.console.print(_LINES[kind](event), highlight=False)
+        if kind in ("finished", "stopped", "error"):
+            self.last = event
+
+    def _show_step(self, event: Event) -> None:
+        figures = (
+            f"epoch {event['epoch']:.2f}  loss {event['loss']:.4f}  lr {event['lr']:.4g}  "
+            f"{event['images_per_second']:,.0f} images/s"
+        )
+        if self._bar is not None and self.console.is_terminal:
+            if self._task is None:
+                self._task = self._bar.add_task("step", total=event["total_steps"], figures="")
+            self._bar.update(self._task, completed=event["step"], figures=figures)
+        elif event["time"] - self._last_line >= _LOG_SECONDS:
+            self._last_line = event["time"]
+            self.console.print(f"step {event['step']}/{event['total_steps']}  {figures}", highlight=False)
+
+
+def _started(event: Event) -> str:
+    places: dict[str, int] = {}
+    for worker in event["workers"]:
+        places[worker["host"]] = places.get(worker["host"], 0) + 1
+    where = ", ".join(f"{count} on {host}" for host, count in places.items())
+    return f"Attempt {event['attempt']}: {event['world_size']} workers ({where}), {event['workers'][0]['device']}"
+
+
+_LINES: dict[str, Callable[[Event], str]] = {
+    "start": _started,
+    "resume": lambda e: f"Resumed at step {e['step']} from {e['path']} (saved by {e['saved_by']} workers)",
+    "evaluation": lambda e: (
+        f"Evaluation at step {e['step']}: top-1 {e['top1']:.2%}, top-5 {e['top5']:.2%} of {e['num_images']:,} images"
+    ),
+    "checkpoint_failed": lambda e: (
+        f"[yellow]Checkpoint at step {e['step']} failed: {escape(e['reason'])}; training goes on"
+    ),
+    "checkpoint_broken": lambda e: f"[yellow]Broken checkpoint set aside: {escape(e['reason'])}",
+    "worker_failure": lambda e: f"[yellow]Worker {e['rank']} was lost ({escape(e['error'])}); starting again",
+    "stopped": lambda e: f"Stopped at step {e['step']}; the checkpoint is saved.",
+}
+
+
+def shown_path(path: Path) -> str:
+    """The path as a person would type it from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

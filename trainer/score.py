@@ -1,0 +1,49 @@
+"""`longhaul eval`: the score of a checkpoint, in one process or under torchrun."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from configs import LonghaulError
+from data_pipeline.shards import Split
+from trainer.checkpoint import Saved, check, like, load, newest_valid, open_checkpoint
+from trainer.engines import build_engine
+from trainer.evaluate import Score, evaluate
+from trainer.group import Rendezvous, join, pick_device
+from trainer.rundir import RunDirectory
+
+
+def score_checkpoint(
+    run: RunDirectory, checkpoint: Path | None, data: Path | None, device: str, threads: int
+) -> tuple[Score, Saved]:
+    """Score `checkpoint` (None: the run's newest valid one) on the held-out split of `data` (None: the run's).
+
+    Raises LonghaulError where there is no such checkpoint, or nothing is held out.
+    """
+    saved = _choose(run, checkpoint)
+    recipe = run.recipe()
+    if data is None:
+        data = Path(next(event["data"] for event in run.events() if event["event"] == "start"))
+    split = Split(data, "val")
+    place = Rendezvous.from_environment()
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+    with join(place, pick_device(device, place.local_rank), timeout_seconds=600) as group:
+        engine = build_engine(recipe, recipe.model.num_classes or len(split.manifest.classes), group)
+        state = like(engine.export_state())
+        load(saved, state, group)
+        engine.import_state(state)
+        return evaluate(engine, split, recipe, group, threads), saved
+
+
+def _choose(run: RunDirectory, checkpoint: Path | None) -> Saved:
+    if checkpoint is not None:
+        problem = check(checkpoint)
+        if problem is not None:
+            raise LonghaulError(f"The checkpoint cannot be used: {problem}.")
+        return open_checkpoint(checkpoint)
+    saved = newest_valid(run.checkpoints)
+    if saved is None:
+        raise LonghaulError(f"{run.checkpoints} holds no checkpoint that verifies.")
+    return saved

@@ -1,0 +1,122 @@
+"""`longhaul verify`: proof, from a run's newest checkpoint, that every epoch used every sample exactly once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs import LonghaulError, Recipe
+from data_pipeline.augment import augment
+from data_pipeline.order import Order
+from data_pipeline.shards import Split
+from trainer.checkpoint import Saved, load, newest_valid
+from trainer.ledger import Ledger, micro_digest, sample_hashes
+from trainer.rundir import RunDirectory
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked, whether it held, and the figures it rests on."""
+
+    what: str
+    holds: bool
+    figures: str
+
+
+def verify(
+    run: RunDirectory, data: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> list[Finding]:
+    """Check the newest checkpoint of `run` against its data set (`data`, or where the run found it).
+
+    Raises LonghaulError where there is nothing to check. `progress(done, steps)` is called as steps are recomputed.
+    """
+    recipe = run.recipe()
+    starts = [event for event in run.events() if event["event"] == "start"]
+    if not starts:
+        raise LonghaulError(f"{run.path} has no start event: nothing was trained yet.")
+    split = Split(data or Path(starts[-1]["data"]), "train")
+    broken: list[str] = []
+    saved = newest_valid(run.checkpoints, lambda path, why: broken.append(why))
+    if saved is None:
+        raise LonghaulError(f"{run.checkpoints} holds no checkpoint that verifies{': ' + broken[0] if broken else ''}.")
+    order = Order(recipe.seed, len(split), recipe.batch.size, recipe.batch.micro)
+    ledger = read_ledger(saved, order)
+    return [
+        Finding(
+            "every file of the newest checkpoint has its bytes",
+            not broken,
+            broken[0] if broken else str(saved.path),
+        ),
+        *_check_epochs(order, ledger, saved.step),
+        _check_steps(recipe, order, split, ledger, progress),
+        _check_events(run, saved.step),
+    ]
+
+
+def read_ledger(saved: Saved, order: Order) -> Ledger:
+    """The ledger in a checkpoint."""
+    ledger = Ledger.empty(order, saved.step)
+    load(saved, {"ledger.steps": ledger.steps, "ledger.epochs": ledger.epochs})
+    return ledger
+
+
+def _check_epochs(order: Order, ledger: Ledger, steps: int) -> list[Finding]:
+    """Whole epochs against the set of all samples, without reference to any order; the last, if it is not whole,
+    against the part of it that the order says was reached."""
+    size = order.num_samples
+    whole, rest = divmod(steps * order.batch_size, size)
+    every = np.arange(size, dtype=np.int64)
+    wrong = [
+        epoch for epoch in range(whole) if not _used(ledger, epoch, sample_hashes(np.full(size, epoch), every), size)
+    ]
+    used = f"{whole} epochs of {size:,} samples" if not wrong else f"epochs {wrong[:10]} differ"
+    findings = [Finding("every whole epoch used every sample exactly once", not wrong, used)]
+    if rest:
+        epochs, ids = order.at(np.arange(whole * size, whole * size + rest))
+        holds = _used(ledger, whole, sample_hashes(epochs, ids), rest)
+        findings.append(
+            Finding("the epoch under way used its first samples exactly once", holds, f"{rest:,} of {size:,}")
+        )
+    return findings
+
+
+def _used(ledger: Ledger, epoch: int, hashes: NDArray[np.uint64], count: int) -> bool:
+    found_count, found_sum = ledger.epochs[epoch].tolist()
+    return bool(found_count == count and found_sum == int(hashes.sum(dtype=np.uint64).view(np.int64)))
+
+
+def _check_steps(
+    recipe: Recipe, order: Order, split: Split, ledger: Ledger, progress: Callable[[int, int], None] | None
+) -> Finding:
+    """Every step's digest against samples and crop boxes computed anew from the recipe and the seed."""
+    recorded = ledger.steps.numpy().view(np.uint64)
+    wrong = []
+    for step in range(len(recorded)):
+        if step_digest(recipe, order, split, step) != int(recorded[step]):
+            wrong.append(step)
+        if progress is not None:
+            progress(step + 1, len(recorded))
+    figures = f"{len(recorded):,} steps" if not wrong else f"{len(wrong)} steps differ, the first is {wrong[0]}"
+    return Finding("every step saw the samples, crops and flips that recipe and seed give it", not wrong, figures)
+
+
+def step_digest(recipe: Recipe, order: Order, split: Split, step: int) -> int:
+    """What the ledger must hold for a step, computed from the recipe alone."""
+    total = 0
+    for micro in range(recipe.batch.num_micro):
+        epochs, ids = order.micro_batch(step, micro)
+        drawn = augment(recipe.input, recipe.seed, epochs, ids, split.sizes[ids])
+        records = np.column_stack([epochs, ids, drawn.boxes, drawn.flips]).astype(np.int64)
+        total += micro_digest(micro, records)
+    return total % 2**64
+
+
+def _check_events(run: RunDirectory, step: int) -> Finding:
+    starts = sum(event["event"] == "start" for event in run.events())
+    result = run.result()
+    if result is None:
+        return Finding("the run goes on from here", True, f"step {step:,}, {starts} attempts so far")
+    holds = result["steps"] == step
+    return Finding("the result belongs to the newest checkpoint", holds, f"step {result['steps']:,}, {starts} attempts")
