@@ -1,5 +1,6 @@
 """Training on Ray: starts the workers, forms their rendezvous, and starts them again after a failure."""
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -13,8 +14,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # the public path is still V1: pin Ray
 
 from configs import LonghaulError
-from trainer.group import Rendezvous, free_port
-from trainer.run import Job, work
+from trainer.job import Job
 from trainer.rundir import Events, RunDirectory
 
 
@@ -36,11 +36,17 @@ class Placement:
 def connect(verbose: bool) -> None:
     """Join the Ray cluster that RAY_ADDRESS or a running `ray start` names, or start one of this machine alone."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # decided here, or a stray ~/.ray/auth_token decides
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor more to start, and nothing listens yet
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(log_to_driver=verbose, logging_level="INFO" if verbose else "ERROR", configure_logging=True)
+    ray.init(
+        include_dashboard=False,  # of a cluster of its own; one that runs already has what it was started with
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+        configure_logging=True,
+    )
 
 
 def train_on_ray(job: Job, placement: Placement) -> None:
@@ -63,7 +69,7 @@ def train_on_ray(job: Job, placement: Placement) -> None:
             name=f"attempts-{time.time_ns()}",  # a name of its own: Ray must not resume for us
             storage_path=str(job.run.path / "ray"),
             failure_config=FailureConfig(max_failures=placement.max_failures),
-            callbacks=[_NoteFailures(job.run)],
+            callbacks=[_NoteFailures(job.run)],  # type: ignore[list-item]  # Ray's annotation names the V1 class
         ),
     )
     try:
@@ -91,7 +97,8 @@ def _uses_gpus(job: Job, num_workers: int) -> bool:
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     if job.device == "cuda" and gpus < num_workers:
         raise LonghaulError(
-            f"--device cuda with --workers {num_workers}: the cluster has {gpus} GPUs; use --device cpu or fewer workers."
+            f"--device cuda with --workers {num_workers}: the cluster has {gpus} GPUs; "
+            f"use --device cpu or fewer workers."
         )
     use_gpu = job.device == "cuda" or (job.device == "auto" and gpus >= num_workers)
     if not use_gpu and cpus < num_workers:
@@ -101,6 +108,9 @@ def _uses_gpus(job: Job, num_workers: int) -> bool:
 
 def _worker(config: dict[str, Any]) -> None:
     """What each Ray worker runs; started again, in a new process, after every failure."""
+    from trainer.group import Rendezvous, free_port  # here, so that the driver need not import torch and DALI
+    from trainer.run import work
+
     job: Job = config["job"]
     context = ray.train.get_context()
     here = f"{ray.util.get_node_ip_address()}:{free_port()}"
@@ -109,7 +119,7 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         work(job, place, context.get_local_world_size())
     except LonghaulError as error:
-        # Not a failure to be retried: the user has to mend it. Told through Ray, as the run's directory may be the trouble.
+        # The user has to mend it, so it is no failure to retry. Told through Ray: the run directory may be the trouble.
         ray.train.report({"mend": str(error)})
 
 

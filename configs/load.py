@@ -24,12 +24,12 @@ def find_recipe(name: str) -> Path:
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name)
         if not path.is_file():
-            raise LonghaulError(f"There is no recipe file {path}; `longhaul train --help` lists the built-in recipes.")
+            raise LonghaulError(f"There is no recipe file {path}; `longhaul train --help` lists the built-in ones.")
         return path
     path = RECIPE_DIRECTORY / f"{name}.yaml"
     if not path.is_file():
         raise LonghaulError(
-            f"There is no recipe '{name}'{_nearest(name, list_recipes())}; built-in recipes: {', '.join(list_recipes())}."
+        raise LonghaulError(f"There is no recipe file {path}; `longhaul train --help` lists those that come along.")
         )
     return path
 

@@ -148,7 +148,7 @@ Schedule = Annotated[Constant | MultiStep | Cosine | OneCycle, Field(discriminat
 
 
 class Loss(Section):
-    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
 class Engine(Section):

@@ -113,8 +113,7 @@ def _verify(item: Item, data: bytes, label: int) -> tuple[Row, np.ndarray]:
         image.load()
         if image.format != "JPEG" or image.mode not in ("RGB", "L"):
             buffer = io.BytesIO()
-            image = image.convert("RGB")
-            image.save(buffer, "JPEG", quality=95, subsampling=0)
+            image.convert("RGB").save(buffer, "JPEG", quality=95, subsampling=0)
             data = buffer.getvalue()
         width, height = image.size
         return Row(data, label, height, width, item.key), np.asarray(image.convert("RGB"))

@@ -7,7 +7,8 @@ to the device (`loader`), where it costs next to nothing.
 from collections.abc import Callable
 from typing import Any
 
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.types import DALIImageType, DALIInterpType
 
 from configs.schema import Input, PadCrop
 
@@ -48,7 +49,7 @@ def options(batch: int, device_id: int | None, threads: int) -> dict[str, Any]:
 def _training(config: Input, source: Callable[[int], Any], decoder: str) -> Any:
     jpegs, anchors, shapes, flips, records = fn.external_source(source=source, num_outputs=5, batch=True, no_copy=True)
     if isinstance(config.crop, PadCrop):
-        images = fn.decoders.image(jpegs, device=decoder, output_type=types.RGB, adjust_orientation=False)
+        images = fn.decoders.image(jpegs, device=decoder, output_type=DALIImageType.RGB, adjust_orientation=False)
         images = fn.slice(
             images, anchors, shapes, axes=(0, 1), normalized_anchor=False, normalized_shape=False,
             out_of_bounds_policy="pad", fill_values=[round(255 * m) for m in config.mean],
@@ -56,7 +57,7 @@ def _training(config: Input, source: Callable[[int], Any], decoder: str) -> Any:
     else:
         images = fn.decoders.image_slice(
             jpegs, anchors, shapes, axes=(0, 1), normalized_anchor=False, normalized_shape=False,
-            device=decoder, output_type=types.RGB, adjust_orientation=False,
+            device=decoder, output_type=DALIImageType.RGB, adjust_orientation=False,
         )  # fmt: skip
         images = _resize(images, size=(config.size, config.size))
     return fn.flip(images, horizontal=flips), records
@@ -65,7 +66,7 @@ def _training(config: Input, source: Callable[[int], Any], decoder: str) -> Any:
 @pipeline_def
 def _evaluation(config: Input, source: Callable[[int], Any], decoder: str) -> Any:
     jpegs, ids = fn.external_source(source=source, num_outputs=2, batch=True, no_copy=True)
-    images = fn.decoders.image(jpegs, device=decoder, output_type=types.RGB, adjust_orientation=False)
+    images = fn.decoders.image(jpegs, device=decoder, output_type=DALIImageType.RGB, adjust_orientation=False)
     if config.eval_resize is not None:
         images = _resize(images, resize_shorter=config.eval_resize)
         images = fn.crop(images, crop=(config.size, config.size))
@@ -74,4 +75,4 @@ def _evaluation(config: Input, source: Callable[[int], Any], decoder: str) -> An
 
 def _resize(images: Any, **size: Any) -> Any:
     """Training and evaluation must resize alike, or accuracy falls by points."""
-    return fn.resize(images, interp_type=types.INTERP_LINEAR, antialias=True, **size)
+    return fn.resize(images, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True, **size)

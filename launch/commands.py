@@ -24,6 +24,7 @@ from rich.table import Table
 from configs import LonghaulError, Recipe
 from data_pipeline.shards import Manifest
 from launch.view import View, shown_path
+from trainer.job import Job
 from trainer.rundir import RunDirectory, settle_recipe
 
 
@@ -75,8 +76,6 @@ def train_run(
         return
     run.path.mkdir(parents=True, exist_ok=True)
 
-    from trainer.run import Job
-
     job = Job(recipe, data.absolute(), run, device, threads, allow_changes=allow_changes)
     if local:
         _train_here(console, job, workers)
@@ -104,7 +103,7 @@ def _is_finished(run: RunDirectory, recipe: Recipe, manifest: Manifest) -> bool:
     return result is not None and result["steps"] >= total_steps(recipe, manifest.num_samples("train"))
 
 
-def _train_here(console: Console, job, workers: int) -> None:  # type: ignore[no-untyped-def]  # Job is imported late
+def _train_here(console: Console, job: Job, workers: int) -> None:
     from trainer.group import Rendezvous
     from trainer.run import work
 
@@ -129,7 +128,7 @@ def _train_here(console: Console, job, workers: int) -> None:  # type: ignore[no
         _conclude(console, job.run, view)
 
 
-def _train_on_ray(console: Console, job, workers: int, max_failures: int) -> None:  # type: ignore[no-untyped-def]
+def _train_on_ray(console: Console, job: Job, workers: int, max_failures: int) -> None:
     with console.status("Starting Ray ..."):
         from cluster.runner import Placement, connect, count_workers, train_on_ray
 

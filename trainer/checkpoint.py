@@ -1,8 +1,8 @@
 """Sharded, asynchronous, hashed checkpoints, committed by a rename.
 
 A checkpoint is a directory `step-XXXXXXXX` with the files of torch.distributed.checkpoint (DCP) and a `manifest.json`
-that holds the size and SHA-256 of each. It is written under another name and renamed when it is whole, so that a kill at
-any moment leaves either the old state or the new one. The newest whose hashes verify is the one to load.
+that holds the size and SHA-256 of each. It is written under another name and renamed when it is whole, so that a kill
+at any moment leaves either the old state or the new one. The newest whose hashes verify is the one to load.
 """
 
 import hashlib

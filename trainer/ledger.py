@@ -4,8 +4,8 @@ Two things are kept, both sums modulo 2**64, so that neither the number of worke
 
 * for each epoch, how many samples were used and the sum of a hash of each: equal to that of the whole training split
   exactly when every sample was used once (but for a chance of about 2**-64). It is checked without knowing the order.
-* for each step, a digest of its records (epoch, sample, crop box, flip) at their places in the batch: two runs with equal
-  digests saw the same crops of the same samples in the same micro-batches.
+* for each step, a digest of its records (epoch, sample, crop box, flip) at their places in the batch: two runs with
+  equal digests saw the same crops of the same samples in the same micro-batches.
 
 What is recorded has come out of the input pipeline beside the pixels.
 """
@@ -30,7 +30,7 @@ def sample_hashes(epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> U64:
 
 
 def micro_digest(micro: int, records: NDArray[np.int64]) -> int:
-    """The digest of one micro-batch's records, int64 [n, columns]; a step's digest is the sum over its micro-batches."""
+    """The digest of one micro-batch's records, int64 [n, columns]; a step's digest is the sum of its micro-batches'."""
     place = np.arange(len(records), dtype=np.uint64) + np.uint64(micro << 32)
     rows = mix64(place + _GOLDEN)
     for column in records.T:

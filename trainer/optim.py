@@ -29,7 +29,8 @@ def build_optimizer(config: Sgd, model: nn.Module) -> torch.optim.Optimizer:
 
 def _split_by_decay(model: nn.Module, everything: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """By the type of the module, not by name: the batch norm of a shortcut is called `downsample.1`."""
-    decaying, exempt = [], []
+    decaying: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             is_norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm)

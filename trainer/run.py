@@ -19,29 +19,12 @@ from trainer.checkpoint import Checkpointer, Saved, like, load, newest_valid, op
 from trainer.engines import Engine, build_engine
 from trainer.evaluate import Score
 from trainer.group import Group, Rendezvous, join, pick_device
+from trainer.job import Job
 from trainer.ledger import Ledger, Recorder
 from trainer.loop import Loop, training_state
 from trainer.rundir import RunDirectory, settle_recipe, write_atomically
 from trainer.stopping import StopRequests
 from trainer.telemetry import Telemetry
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker is told. The recipe decides the result; the rest is where and how to compute it.
-
-    Attributes:
-        threads: CPU threads of this worker, for computing and for decoding (0: cores / workers on this machine).
-        timeout_seconds: how long a collective may wait for another worker.
-    """
-
-    recipe: Recipe
-    data: Path
-    run: RunDirectory
-    device: str = "auto"
-    threads: int = 0
-    timeout_seconds: float = 600.0
-    allow_changes: bool = False
 
 
 @dataclass(frozen=True)

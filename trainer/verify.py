@@ -38,7 +38,7 @@ def verify(
         raise LonghaulError(f"{run.path} has no start event: nothing was trained yet.")
     split = Split(data or Path(starts[-1]["data"]), "train")
     broken: list[str] = []
-    saved = newest_valid(run.checkpoints, lambda path, why: broken.append(why))
+    saved = newest_valid(run.checkpoints, lambda _, why: broken.append(why))
     if saved is None:
         raise LonghaulError(f"{run.checkpoints} holds no checkpoint that verifies{': ' + broken[0] if broken else ''}.")
     order = Order(recipe.seed, len(split), recipe.batch.size, recipe.batch.micro)

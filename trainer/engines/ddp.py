@@ -19,9 +19,9 @@ class DdpEngine:
 
     def __init__(self, recipe: Recipe, num_classes: int, group: Group) -> None:
         self._recipe, self._group = recipe, group
-        self._model = build_model(recipe.model, num_classes, recipe.seed).to(group.device)
+        self._model: nn.Module = build_model(recipe.model, num_classes, recipe.seed).to(group.device)
         if recipe.channels_last:
-            self._model = self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimizer = build_optimizer(recipe.optimizer, self._model)
         self._norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         # A micro-batch's loss is a mean over its samples. DDP divides by the number of ranks, so that this weight
@@ -37,10 +37,11 @@ class DdpEngine:
         torch.manual_seed(seed)
         for norm in self._norms:
             norm.track_running_stats = first
-        reduce_later = not last and isinstance(self._network, DistributedDataParallel)
-        with self._network.no_sync() if reduce_later else nullcontext():
+        network = self._network
+        reduce_later = isinstance(network, DistributedDataParallel) and not last
+        with network.no_sync() if reduce_later else nullcontext():
             with self._autocast():
-                logits = self._network(self._laid_out(images))
+                logits = network(self._laid_out(images))
             loss = self._criterion(logits.float(), labels)
             (loss * self._weight).backward()
         with torch.no_grad():
