@@ -29,7 +29,8 @@ def find_recipe(name: str) -> Path:
     path = RECIPE_DIRECTORY / f"{name}.yaml"
     if not path.is_file():
         raise LonghaulError(
-        raise LonghaulError(f"There is no recipe file {path}; `longhaul train --help` lists those that come along.")
+            f"There is no recipe '{name}'{_nearest(name, list_recipes())}; "
+            f"built-in recipes: {', '.join(list_recipes())}."
         )
     return path
 
