@@ -31,7 +31,7 @@ class Duration:
         if match is None:
             raise ValueError(f"'{text}' is not a duration: write it as 90ep, 600000it or 1.2Msamples")
         number, multiple, unit = match.groups()
-        return cls(float(number) * _MULTIPLE[multiple], unit, str(text).replace(" ", ""))
+        return cls(float(number) * _MULTIPLE[multiple], unit, "".join(str(text).split()))
 
     def samples(self, batch_size: int, num_samples: int) -> float:
         """This length in samples, for a batch of `batch_size` and a training split of `num_samples`."""

@@ -67,7 +67,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
             raise LonghaulError(f"'{override}' is not an override: write it as key=value, for example schedule.lr=0.1.")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
             raise LonghaulError(f"The value of '{override}' is not valid YAML; quote it if it is text.") from None
         section = result
         *parents, last = key.split(".")
@@ -80,23 +80,38 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path in seen:
+    place = path.resolve()  # one file has many spellings: `a`, `../here/a`
+    if place in seen:
         raise LonghaulError(f"{path} extends itself through {' -> '.join(p.name for p in seen)}.")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise LonghaulError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    except OSError as error:
+        raise LonghaulError(f"The recipe file {path} cannot be read: {error.strerror}.") from None
     if not isinstance(values, dict):
         raise LonghaulError(f"{path} must hold keys and values, not a {type(values).__name__}.")
     base = values.pop("extends", None)
     if base is None:
         return values
-    parent = path.parent / f"{base}.yaml"
-    return _merge(_read(parent if parent.is_file() else find_recipe(base), (*seen, path)), values)
+    return _merge(_read(_parent(path, base), (*seen, place)), values)
+
+
+def _parent(path: Path, base: Any) -> Path:
+    """The file that `path` extends: beside it, by name or by path, or one of the built-in recipes."""
+    if not isinstance(base, str):
+        raise LonghaulError(f"{path}: extends must be the name of one recipe, not {base!r}.")
+    for beside in (path.parent / base, path.parent / f"{base}.yaml"):
+        if beside.is_file():
+            return beside
+    try:
+        return find_recipe(base)
+    except LonghaulError as error:
+        raise LonghaulError(f"{path}: extends: {error}") from None
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections merge key by key; a section whose `kind` or `name` changes is replaced whole."""
+    """Sections merge key by key; a section whose `kind` changes is replaced whole."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -119,6 +134,10 @@ def _describe(error: ValidationError) -> str:
             problems.append(f"unknown key '{key}'{_nearest(str(item['loc'][-1]), _fields_at(item['loc'][:-1]))}")
         elif item["type"] == "missing":
             problems.append(f"the key '{key}' is missing")
+        elif item["type"] == "union_tag_not_found":
+            problems.append(f"the key '{key}.kind' is missing: give {_kinds_at(item['loc'])}")
+        elif item["type"] == "union_tag_invalid":
+            problems.append(f"{key}.kind: there is no '{item['ctx']['tag']}': give {_kinds_at(item['loc'])}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             problems.append(f"{key}: {message}" if key and not message.startswith(key) else message)
@@ -145,6 +164,16 @@ def _without_tags(loc: tuple[Any, ...]) -> list[Any]:
 
 def _fields_at(loc: tuple[Any, ...]) -> list[str]:
     """The keys allowed at a location, for the nearest-name hint."""
+    return sorted({name for model in _models_at(loc) for name in model.model_fields})
+
+
+def _kinds_at(loc: tuple[Any, ...]) -> str:
+    """The values that `kind` may have at the location of a union."""
+    *kinds, last = [str(model.model_fields["kind"].default) for model in _models_at(loc)]
+    return f"{', '.join(kinds)} or {last}"
+
+
+def _models_at(loc: tuple[Any, ...]) -> list[type[BaseModel]]:
     models: list[type[BaseModel]] = [Recipe]
     for part in loc:
         following: list[type[BaseModel]] = []
@@ -155,7 +184,7 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
             elif model.model_fields.get("kind") is not None and model.model_fields["kind"].default == part:
                 following.append(model)
         models = following or models
-    return sorted({name for model in models for name in model.model_fields})
+    return models
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -6,6 +6,7 @@ Each section belongs to the component it configures. Unknown keys are refused (`
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -19,8 +20,24 @@ from pydantic import (
 from configs.duration import Duration
 
 
+def _positive(length: Duration) -> Duration:
+    if length.value <= 0:
+        raise ValueError(f"'{length}' must be more than zero")
+    return length
+
+
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"give the smaller bound first: [{bounds[1]}, {bounds[0]}]")
+    return bounds
+
+
+PositiveDuration = Annotated[Duration, AfterValidator(_positive)]
+Bounds = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -57,15 +74,15 @@ class ResizedCrop(Section):
     """Inception-style crop: area and aspect ratio drawn, resized to `size` (torchvision's RandomResizedCrop)."""
 
     kind: Literal["resized_crop"] = "resized_crop"
-    area: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
-    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    area: Bounds = (0.08, 1.0)
+    ratio: Bounds = (3 / 4, 4 / 3)
 
 
 class ScaleCrop(Section):
     """The paper's crop: shorter side drawn from `shorter`, then a random `size` x `size` crop."""
 
     kind: Literal["scale_crop"] = "scale_crop"
-    shorter: tuple[PositiveInt, PositiveInt] = (256, 480)
+    shorter: Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_ascending)] = (256, 480)
 
 
 class PadCrop(Section):
@@ -136,7 +153,7 @@ class Cosine(Section):
 
 
 class OneCycle(Section):
-    """Linear from 0 up to `lr` over `warmup`, then linear down to `end_lr` at the last step (Smith 2018)."""
+    """Linear from 0 up to `lr` over `warmup`, then linear down to `end_lr` at the end of the run (Smith 2018)."""
 
     kind: Literal["one_cycle"] = "one_cycle"
     lr: NonNegativeFloat
@@ -158,19 +175,19 @@ class Engine(Section):
 class Checkpoint(Section):
     """When state is saved, and how many checkpoints are kept (the newest ones)."""
 
-    every: Duration = Duration.parse("1ep")
+    every: PositiveDuration = Duration.parse("1ep")
     keep_last: PositiveInt = 3
 
 
 class Evaluate(Section):
     """When the held-out split is evaluated (always after the last step too), in micro-batches of `batch`."""
 
-    every: Duration = Duration.parse("1ep")
+    every: PositiveDuration = Duration.parse("1ep")
     batch: PositiveInt = 64
 
 
 class Log(Section):
-    every: Duration = Duration.parse("10it")
+    every: PositiveDuration = Duration.parse("10it")
 
 
 class Recipe(Section):
@@ -182,7 +199,7 @@ class Recipe(Section):
     deterministic: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     channels_last: bool = True
-    duration: Duration
+    duration: PositiveDuration
     model: Model
     batch: Batch
     input: Input

@@ -79,7 +79,7 @@ class View:
 
     def _show_step(self, event: Event) -> None:
         figures = (
-            f"epoch {event['epoch']:.2f}  loss {event['loss']:.4f}  lr {event['lr']:.4g}  "
+            f"epoch {event['epoch']:.2f}  loss {_number(event['loss'])}  lr {event['lr']:.4g}  "
             f"{event['images_per_second']:,.0f} images/s"
         )
         if self._bar is not None and self.console.is_terminal:
@@ -89,6 +89,10 @@ class View:
         elif event["time"] - self._last_line >= _LOG_SECONDS:
             self._last_line = event["time"]
             self.console.print(f"step {event['step']}/{event['total_steps']}  {figures}", highlight=False)
+
+
+def _number(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4f}"
 
 
 def _started(event: Event) -> str:

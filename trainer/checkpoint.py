@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from trainer.group import Group
 MANIFEST = "manifest.json"
 FORMAT = 1
 State = dict[str, Any]
+
+# Reading a checkpoint in one process is meant, not an accident to be warned of.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,15 @@ class Loop:
                 self._forward_backward(batch, micro, last=micro == micros[-1])
                 self.recorder.record(self.step, micro, batch.records)
             self._update()
-            if self._due(self.recipe.log.every):
-                self._account(total)
-            if self._due(self.recipe.evaluate.every) or self.step == total:
-                score = self._evaluate()
             stop = agreement.answer()
-            if self._due(self.recipe.checkpoint.every) or stop or self.step == total:
+            finished = self.step == total
+            if self._due(self.recipe.log.every) or stop or finished:
+                self._account(total)
+            if self._due(self.recipe.evaluate.every) or finished:
+                score = self._evaluate()
+            if self._due(self.recipe.checkpoint.every) or stop or finished:
                 self._save()
-            if stop and self.step < total:
+            if stop and not finished:
                 self.telemetry.event("stopped", step=self.step)
                 return None
         return score

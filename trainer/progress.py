@@ -35,19 +35,19 @@ class Window:
 
     def report(self) -> dict[str, float]:
         """Means over the whole batch and all ranks since the last report, which starts a new window; called by all
-        ranks together. `images_per_second` leaves out evaluation and waiting for checkpoints."""
-        wait = torch.tensor([self.data_wait_seconds], dtype=torch.float64, device=self.group.device)
+        ranks together. `images_per_second` leaves out evaluation and waiting for checkpoints; `data_wait_seconds` is the slowest
+        worker's, a step."""
         assert self._sums is not None
-        totals = torch.cat([self._sums, wait])
-        dist.all_reduce(totals, group=self.group.gradients)
-        loss, correct, waited = totals.tolist()
+        dist.all_reduce(self._sums, group=self.group.gradients)
+        loss, correct = self._sums.tolist()
+        waited = max(self.group.gather(self.data_wait_seconds))  # the slowest worker sets the pace of all
         seconds = time.monotonic() - self.began - self.paused_seconds
         figures = {
             "loss": loss / (self.num_micro * self.steps),
             "train_top1": correct / (self.batch_size * self.steps),
             "images_per_second": self.batch_size * self.steps / seconds,
             "step_seconds": seconds / self.steps,
-            "data_wait_seconds": waited / self.group.world_size / self.steps,
+            "data_wait_seconds": waited / self.steps,
         }
         self.steps, self.data_wait_seconds, self.paused_seconds, self._sums = 0, 0.0, 0.0, None
         self.began = time.monotonic()

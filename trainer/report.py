@@ -14,6 +14,7 @@ from trainer.charts import Axis, Mark, Series, figure
 from trainer.rundir import RunDirectory, write_atomically
 from trainer.timeline import (
     CATEGORIES,
+    FAILURES,
     Attempt,
     Event,
     attempts,
@@ -71,9 +72,9 @@ def _section(title: str, content: str) -> Html:
 
 def _header(run: RunDirectory, recipe: Recipe, events: Sequence[Event], now: float) -> Html:
     state = status(events)
-    times = f"Page written {_when(now)}."
+    times = f"Page written {_when(now)} UTC."
     if events:
-        times = f"From {_when(events[0]['time'])} to {_when(events[-1]['time'])}. {times}"
+        times = f"From {_when(events[0]['time'])} to {_when(events[-1]['time'])} UTC. {times}"
     silent = now - events[-1]["time"] if events and state == "running" else 0.0
     warning = ""
     if silent > _SILENT_SECONDS:
@@ -85,9 +86,7 @@ def _header(run: RunDirectory, recipe: Recipe, events: Sequence[Event], now: flo
 
 
 def _verdict(events: Sequence[Event]) -> Html:
-    tries = attempts(events)
-    cut = sum(attempt.ending in ("failed", "cut") for attempt in tries)
-    return Html(f'<p class="card verdict">{escape(verdict(time_ledger(events), len(tries), cut))}</p>')
+    return Html(f'<p class="card verdict">{escape(verdict(time_ledger(events), attempts(events)))}</p>')
 
 
 def _figures(recipe: Recipe, result: Mapping[str, Any], events: Sequence[Event]) -> Html:
@@ -106,7 +105,7 @@ def _figures(recipe: Recipe, result: Mapping[str, Any], events: Sequence[Event])
         ("Top-5", percent(score.get("top5")), at),
         ("Images evaluated", "\N{EM DASH}" if images is None else f"{images:,}", ""),
         ("Steps", f"{done:,}", total),
-        ("Wall time", duration(wall), f"{wall:,.1f} s"),
+        ("Wall time", duration(wall), "first start to last event"),
         ("Mean throughput", "\N{EM DASH}" if rate is None else f"{rate:,.0f}", "images/s while training"),
         ("Workers", f"{sizes[-1]:,}", spread),
         ("Attempts", f"{len(tries):,}", ""),
@@ -163,7 +162,7 @@ def _marks(tries: Sequence[Attempt]) -> list[Mark]:
     failed = [
         Mark(attempt.reached, "failure", f"attempt {attempt.number} was cut short after step {attempt.reached:,}")
         for attempt in tries
-        if attempt.ending in ("failed", "cut")
+        if attempt.was_cut
     ]
     return resumed + failed
 
@@ -187,7 +186,7 @@ def _ledger(events: Sequence[Event]) -> Html:
 
 def _attempts(events: Sequence[Event]) -> Html:
     columns = {
-        "Attempt": _NUMBER, "Started": _PLAIN, "Lasted": _NUMBER, "From step": _NUMBER, "To step": _NUMBER,
+        "Attempt": _NUMBER, "Started (UTC)": _PLAIN, "Lasted": _NUMBER, "From step": _NUMBER, "To step": _NUMBER,
         "Steps lost": _NUMBER, "Workers": _NUMBER, "Where": _PLAIN, "How it ended": _WIDE,
     }  # fmt: skip
     rows = [
@@ -204,11 +203,11 @@ def _attempts(events: Sequence[Event]) -> Html:
 def _places(attempt: Attempt) -> Html:
     """Workers by host, and under it each one's process."""
     workers = attempt.start.get("workers", [])
-    hosts = [str(worker.get("host", "?")) for worker in workers]
-    summary = ", ".join(f"{hosts.count(host)} on {host}" for host in dict.fromkeys(hosts))
+    hosts = sorted({str(worker.get("host", "?")) for worker in workers})
+    summary = "".join(hosts) if len(hosts) < 2 else f"{len(hosts)} hosts"
     lines = (
         f"rank {worker.get('rank', '?')}: {worker.get('host', '?')}, pid {worker.get('pid', '?')}, "
-        f"{worker.get('device', '?')}, {worker.get('threads', '?')} threads"
+        f"{worker.get('device', '?')}, threads {worker.get('threads', '?')}"
         for worker in workers
     )
     listed = "".join(f"<br>{escape(line)}" for line in lines)
@@ -219,7 +218,7 @@ def _ending(attempt: Attempt) -> Html:
     said = {"cut": "cut short: nothing was written about it", "running": "running"}
     message = said.get(attempt.ending, attempt.ending)
     if attempt.ending == "failed":
-        message = "failed: " + next(_message(e) for e in attempt.events if e["event"] in _MESSAGES)
+        message = "failed: " + next(_message(e) for e in attempt.events if e["event"] in FAILURES)
     css = {"finished": "good", "failed": "bad", "cut": "bad"}.get(attempt.ending, "")
     return Html(f'<span class="{css}">{escape(message)}</span>')
 
@@ -238,7 +237,7 @@ def _message(event: Event) -> str:
 
 
 def _failures(events: Sequence[Event]) -> Html:
-    columns = {"When": _PLAIN, "Attempt": _NUMBER, "What": _PLAIN, "Where": _PLAIN, "Why": _WIDE}
+    columns = {"When (UTC)": _PLAIN, "Attempt": _NUMBER, "What": _PLAIN, "Where": _PLAIN, "Why": _WIDE}
     names = {
         "failure": "attempt failed", "worker_failure": "worker lost", "error": "error",
         "checkpoint_failed": "checkpoint not saved", "checkpoint_broken": "checkpoint set aside",
@@ -273,22 +272,26 @@ def _checkpoints(events: Sequence[Event]) -> Html:
     """One row for each save that was begun, whatever became of it."""
     ends = {(e.get("attempt"), e.get("step")): e for e in events if e["event"] in ("checkpoint", "checkpoint_failed")}
     columns = {
-        "Step": _NUMBER, "Attempt": _NUMBER, "Begun": _PLAIN, "Steps stood still": _NUMBER,
+        "Step": _NUMBER, "Attempt": _NUMBER, "Begun (UTC)": _PLAIN, "Steps stood still": _NUMBER,
         "Written behind steps": _NUMBER, "Outcome": _WIDE,
     }  # fmt: skip
-    rows = []
-    for begun in (e for e in events if e["event"] == "checkpoint_started"):
-        end = ends.get((begun.get("attempt"), begun.get("step")), {})
-        saved = end.get("event") == "checkpoint"
-        outcome = "saved" if saved else f"failed: {_message(end)}" if end else "not committed"
-        rows.append(
-            (
-                f"{begun.get('step', 0):,}", str(begun.get("attempt", "")), _when(begun["time"]),
-                duration(begun.get("stall_seconds", 0.0)), duration(end["seconds"]) if "seconds" in end else "",
-                outcome if saved else Html(f'<span class="bad">{escape(outcome)}</span>'),
-            )
-        )  # fmt: skip
+    rows = [
+        (
+            f"{begun.get('step', 0):,}", str(begun.get("attempt", "")), _when(begun["time"]),
+            duration(begun.get("stall_seconds", 0.0)), duration(end["seconds"]) if "seconds" in end else "",
+            _outcome(end),
+        )
+        for begun in events
+        if begun["event"] == "checkpoint_started"
+        for end in [ends.get((begun.get("attempt"), begun.get("step")), {})]
+    ]  # fmt: skip
     return _table(columns, rows) if rows else Html('<p class="soft">None so far.</p>')
+
+
+def _outcome(end: Event) -> str:
+    if end.get("event") == "checkpoint_failed":
+        return Html(f'<span class="bad">{escape(f"failed: {_message(end)}")}</span>')
+    return "saved" if end else "not committed so far"
 
 
 def _recipe(run: RunDirectory) -> Html:
@@ -314,7 +317,7 @@ def _text(value: str) -> str:
 
 
 def _when(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _seconds(seconds: float) -> str:

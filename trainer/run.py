@@ -243,8 +243,10 @@ def _seconds_worked(run: RunDirectory) -> float:
     began: dict[int, float] = {}
     ended: dict[int, float] = {}
     for event in run.events():
-        attempt = event.get("attempt", 0)
-        began.setdefault(attempt, event["time"])
-        ended[attempt] = event["time"]
+        attempt = event.get("attempt")  # the driver's events have none
+        if event["event"] == "start":
+            began[attempt] = event["time"]
+        if attempt in began:
+            ended[attempt] = event["time"]
     ended[max(ended)] = time.time()
     return sum(ended[attempt] - began[attempt] for attempt in ended)

@@ -89,6 +89,8 @@ class Events:
     def __init__(self, run: RunDirectory, enabled: bool = True) -> None:
         self._file = run.events_file.open("a", buffering=1) if enabled else None
         self._lock = threading.Lock()
+        if self._file is not None and _last_byte(run.events_file) not in (b"", b"\n"):
+            self._file.write("\n")  # a crash cut the last line short: do not write on in it
 
     def write(self, event: str, **fields: Any) -> None:
         if self._file is not None:
@@ -99,6 +101,12 @@ class Events:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(file.seek(0, 2) - 1, 0))
+        return file.read(1)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """What rank 0 tells the world: events.jsonl and TensorBoard."""
 
+import math
 from typing import Any
 
 from trainer.rundir import Events, RunDirectory
@@ -26,7 +27,8 @@ class Telemetry:
 
     def step(self, step: int, total: int, epoch: float, **figures: float) -> None:
         """Figures of the steps since the last call, `step` counted from 1."""
-        rounded = {name: float(f"{value:.7g}") for name, value in figures.items()}
+        # NaN is not JSON; what is not a number becomes null.
+        rounded = {k: float(f"{value:.7g}") if math.isfinite(value) else None for k, value in figures.items()}
         self.event("step", step=step, total_steps=total, epoch=epoch, **rounded)
         if self._board is not None:
             for name, value in figures.items():

@@ -7,6 +7,7 @@ never an error.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 Event = dict[str, Any]
@@ -91,6 +92,11 @@ class Attempt:
             return "failed"
         return "running" if self.kept_until == math.inf else "cut"
 
+    @property
+    def was_cut(self) -> bool:
+        """Whether it ended before it was finished or was asked to stop."""
+        return self.ending in ("failed", "cut")
+
     def windows(self) -> list[Window]:
         """The steps in order, as step events tell of them, and then those that only a later event knows of."""
         found: list[Window] = []
@@ -106,15 +112,16 @@ class Attempt:
 
     def _tail(self, found: Sequence[Window]) -> list[Window]:
         """Steps after the last step event, at its pace, or faster where there was less time between the events."""
-        if not found or self.reached <= found[-1].last:
-            return []
-        latest = max(i for i, e in enumerate(self.events) if e["event"] == "step")
+        latest = max((i for i, e in enumerate(self.events) if e["event"] == "step"), default=len(self.events))
         after = [e for e in self.events[latest + 1 :] if e["event"] in _WITH_STEP]
+        reached = max((int(e.get("step", 0)) for e in after), default=0)
+        if not found or reached <= found[-1].last:
+            return []
         free = after[-1]["time"] - self.events[latest]["time"] - sum(_paused(e) for e in after)
-        before, steps = found[-1], self.reached - found[-1].last
+        before, steps = found[-1], reached - found[-1].last
         seconds = min(before.step_seconds, max(0.0, free) / steps)
         wait = min(before.data_wait_seconds, seconds)
-        return [Window(before.last, self.reached, seconds, wait, before.images_per_second)]
+        return [Window(before.last, reached, seconds, wait, before.images_per_second)]
 
 
 def attempts(events: Iterable[Event]) -> list[Attempt]:
@@ -237,26 +244,48 @@ def shares(ledger: Mapping[str, float]) -> dict[str, float]:
     return {category: value / 10 for category, value in tenths.items()}
 
 
+_SENTENCES = {
+    DATA_WAIT: "Input bound: workers waited for data during {part} of the wall time, and training took {training}.",
+    EVALUATION: "Limited by evaluation: it took {part} of the wall time, and training {training}.",
+    CHECKPOINT: "Limited by checkpoints: steps stood still for {part} of the wall time, and training took {training}.",
+    OTHER: "Limited by {cause}: start-up, restarts and idle time took {part} and lost work {lost} of the wall time, "
+    "and training {training}.",
+    PRODUCTIVE: "Compute bound: {training} of the wall time went into forward, backward and the exchange of gradients, "
+    "{wait} into waiting for data, and nothing but computing took more than {most}.",
+}
+
+
 def verdict(ledger: Mapping[str, float], tries: Sequence[Attempt]) -> str:
     """One sentence: what limits the run, and the numbers that this rests on.
 
-    The largest of data wait, interruptions (lost work, start-up, restarts and idle), evaluation and checkpoint stall
+    The largest of data wait, evaluation, checkpoint stall, and interruptions (lost work, start-up, restarts and idle)
     limits the run if it took more than 10 % of the wall time; otherwise computing does.
     """
     total = sum(ledger.values())
     if total <= 0 or ledger[PRODUCTIVE] + ledger[LOST] <= 0:
         return "No step has been measured yet, so nothing can be said about what limits the run."
-    share = {category: seconds / total for category, seconds in ledger.items()}
-    weight = {category: share[category] for category in (DATA_WAIT, EVALUATION, CHECKPOINT)}
-    weight[OTHER] = share[OTHER] + share[LOST]
-    worst = max(weight, key=lambda category: weight[category])
-    if weight[worst] <= _LIMITING_SHARE:
-        limit = "Compute bound: nothing else took"
-    else:
-        limit = _LIMITS.get(worst) or _interruption(tries, total * weight[worst])
-    if weight[worst] <= _LIMITING_SHARE:
-        numbers = (
-            f"more than {_LIMITING_SHARE:.0%} of the wall time, forward, backward and the exchange of gradients took "
-            f"{share[PRODUCTIVE]:.1%} and waiting for data {share[DATA_WAIT]:.1%}."
-        )
-    return numbers
+    seconds = {category: ledger[category] for category in (DATA_WAIT, EVALUATION, CHECKPOINT)}
+    seconds[OTHER] = ledger[OTHER] + ledger[LOST]
+    worst = max(seconds, key=lambda category: seconds[category])
+    limit = worst if seconds[worst] > _LIMITING_SHARE * total else PRODUCTIVE
+
+    def part(category: str) -> str:
+        return f"{ledger[category] / total:.1%}".replace("%", "\N{NO-BREAK SPACE}%")
+
+    return _SENTENCES[limit].format(
+        part=part(limit), training=part(PRODUCTIVE), lost=part(LOST), wait=part(DATA_WAIT),
+        most=f"{_LIMITING_SHARE:.0%}".replace("%", "\N{NO-BREAK SPACE}%"), cause=_interruption(tries, seconds[OTHER]),
+    )  # fmt: skip
+
+
+def _interruption(tries: Sequence[Attempt], seconds: float) -> str:
+    """What most of `seconds` that were neither training nor waiting came from, in words."""
+    pauses = sum(
+        later.start["time"] - attempt.start["time"] - attempt.seconds
+        for attempt, later in pairwise(tries)
+        if attempt.ending in ("finished", "stopped")
+    )
+    cut = sum(attempt.was_cut for attempt in tries)
+    if pauses > seconds / 2:
+        return f"pauses ({pauses:,.0f} s between a stop and the next start)"
+    return f"failures ({cut} of {len(tries)} attempts were cut short)" if cut else "start-up"

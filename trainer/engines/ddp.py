@@ -38,8 +38,8 @@ class DdpEngine:
         for norm in self._norms:
             norm.track_running_stats = first
         network = self._network
-        reduce_later = isinstance(network, DistributedDataParallel) and not last
-        with network.no_sync() if reduce_later else nullcontext():
+        reduce_later = network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
+        with reduce_later:
             with self._autocast():
                 logits = network(self._laid_out(images))
             loss = self._criterion(logits.float(), labels)
