@@ -101,7 +101,7 @@ def _parent(path: Path, base: Any) -> Path:
     """The file that `path` extends: beside it, by name or by path, or one of the built-in recipes."""
     if not isinstance(base, str):
         raise LonghaulError(f"{path}: extends must be the name of one recipe, not {base!r}.")
-    for beside in (path.parent / base, path.parent / f"{base}.yaml"):
+    for beside in (path.parent / f"{base}.yaml", path.parent / base):
         if beside.is_file():
             return beside
     try:

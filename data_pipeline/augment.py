@@ -23,6 +23,17 @@ _PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
 _PCA_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 
 
+def central(config: Input, sizes: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """How images are seen in evaluation: (height, width) to resize each to, and (y, x) of the central crop in that.
+
+    Rounded as torchvision's Resize and CenterCrop do, so that its published weights score here what they score there.
+    """
+    resize = config.eval_resize or config.size
+    shorter = sizes.min(axis=1, keepdims=True).astype(np.int64)
+    targets = resize * sizes.astype(np.int64) // shorter
+    return targets.astype(np.float32), np.rint((targets - config.size) / 2).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class Augmented:
     """Augmentation of n samples.
@@ -90,8 +101,9 @@ def _resized_crop(
 def _central_box(ratio: tuple[float, float], sizes: NDArray[np.int32]) -> NDArray[np.int32]:
     heights, widths = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     image_ratio = widths / heights
-    w = np.where(image_ratio > ratio[1], np.rint(heights * ratio[1]), widths)
-    h = np.where(image_ratio < ratio[0], np.rint(widths / ratio[0]), heights)
+    # At least a pixel: an image of one or two may have no box of an allowed ratio.
+    w = np.where(image_ratio > ratio[1], np.maximum(np.rint(heights * ratio[1]), 1), widths)
+    h = np.where(image_ratio < ratio[0], np.maximum(np.rint(widths / ratio[0]), 1), heights)
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1).astype(np.int32)
 
 
@@ -100,7 +112,7 @@ def _scale_crop(crop: ScaleCrop, size: int, u: NDArray[np.float64], sizes: NDArr
     shorter = sizes.min(axis=1).astype(np.float64)
     low, high = crop.shorter
     target = low + np.floor(u[:, 0] * (high - low + 1))
-    side = np.minimum(np.rint(size * shorter / target), shorter)
+    side = np.clip(np.rint(size * shorter / target), 1, shorter)
     y = np.floor(u[:, 1] * (sizes[:, 0] - side + 1))
     x = np.floor(u[:, 2] * (sizes[:, 1] - side + 1))
     return np.stack([y, x, side, side], axis=1).astype(np.int32)

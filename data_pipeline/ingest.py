@@ -83,6 +83,8 @@ def prepare(
         nonlocal done
         for item, data in zip(split_items, source.read(split_items), strict=True):
             try:
+                if isinstance(data, OSError):
+                    raise data
                 row, pixels = _verify(item, data, index[item.label])
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 quarantined.append({"key": item.key, "reason": str(error)})
@@ -111,6 +113,8 @@ def _verify(item: Item, data: bytes, label: int) -> tuple[Row, np.ndarray]:
     """Decode an image whole; re-encode what DALI would not take as it is (CMYK, PNG and others under a JPEG's name)."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
+        if image.mode[0] in "IF":  # converting would not scale, but clip
+            raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8 bits")
         if image.format != "JPEG" or image.mode not in ("RGB", "L"):
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, "JPEG", quality=95, subsampling=0)

@@ -1,7 +1,7 @@
 """Batches on the device, in an order given from outside and prefetched."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from configs import LonghaulError
-from configs.schema import Input, PadCrop
-from data_pipeline.augment import augment
+from configs.schema import Input
+from data_pipeline.augment import augment, central
 from data_pipeline.order import Order
 from data_pipeline.pipeline import PREFETCH, evaluation_pipeline, options, training_pipeline
 from data_pipeline.shards import Split
@@ -61,7 +61,7 @@ def training_batches(
         )
         anchors, shapes = np.ascontiguousarray(drawn.boxes[:, :2]), np.ascontiguousarray(drawn.boxes[:, 2:])
         given = (split.jpegs(ids), anchors, shapes, drawn.flips, records)
-        ring.append(given)
+        ring.append((ids, given))
         return given
 
     def shifts(records: NDArray[np.int64]) -> torch.Tensor | None:
@@ -71,7 +71,7 @@ def training_batches(
         return torch.from_numpy(drawn.shifts)
 
     pipeline = training_pipeline(config, source, **options(order.micro_size, _device_id(device), threads))
-    return _iterate(pipeline, split, config, device, shifts, id_column=1)
+    return _iterate(pipeline, ring, split, config, device, shifts, id_column=1)
 
 
 def evaluation_batches(
@@ -85,18 +85,19 @@ def evaluation_batches(
         if index >= len(batches):
             raise StopIteration
         ids = batches[index]
-        given = (split.jpegs(ids), ids[:, None])
-        ring.append(given)
+        targets, anchors = central(config, split.sizes[ids])
+        given = (split.jpegs(ids), targets, anchors, ids[:, None])
+        ring.append((ids, given))
         return given
 
     largest = max((len(ids) for ids in batches), default=1)
     pipeline = evaluation_pipeline(config, source, **options(largest, _device_id(device), threads))
-    return _iterate(pipeline, split, config, device, lambda _: None, id_column=0)
+    return _iterate(pipeline, ring, split, config, device, lambda _: None, id_column=0)
 
 
 def check_sizes(split: Split, config: Input) -> None:
     """Raise LonghaulError where images do not fit a recipe that never resizes them."""
-    if isinstance(config.crop, PadCrop) and config.eval_resize is None:
+    if config.eval_resize is None:
         wrong = np.flatnonzero((split.sizes != config.size).any(axis=1))
         if wrong.size:
             height, width = split.sizes[wrong[0]]
@@ -108,6 +109,7 @@ def check_sizes(split: Split, config: Input) -> None:
 
 def _iterate(
     pipeline: Any,
+    recent: Iterable[tuple[NDArray[np.int64], Any]],
     split: Split,
     config: Input,
     device: torch.device,
@@ -121,6 +123,10 @@ def _iterate(
             images, records = pipeline.run()
         except StopIteration:
             return
+        except RuntimeError:  # DALI does not say which image it could not decode
+            for ids, _ in recent:
+                split.check_bytes(ids)
+            raise
         # The copy to float32 comes before the next run(), after which DALI may use the memory again.
         pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).to(device, torch.float32)
         rows = np.array(records.as_tensor())

@@ -27,7 +27,8 @@ def training_pipeline(config: Input, source: Callable[[int], Any], **kwargs: Any
 
 
 def evaluation_pipeline(config: Input, source: Callable[[int], Any], **kwargs: Any) -> Any:
-    """A built pipeline that gives (images uint8 [n, size, size, 3], ids int64 [n]); `source(i)`: (bytes, ids)."""
+    """A built pipeline that gives (images uint8 [n, size, size, 3], ids int64 [n]); `source(i)` gives batch i:
+    (JPEG bytes, sizes to resize to float32 [n, 2], anchors of the crop int32 [n, 2], ids)."""
     pipeline = _evaluation(config=config, source=source, **kwargs)
     pipeline.build()
     return pipeline
@@ -65,11 +66,13 @@ def _training(config: Input, source: Callable[[int], Any], decoder: str) -> Any:
 
 @pipeline_def
 def _evaluation(config: Input, source: Callable[[int], Any], decoder: str) -> Any:
-    jpegs, ids = fn.external_source(source=source, num_outputs=2, batch=True, no_copy=True)
+    jpegs, targets, anchors, ids = fn.external_source(source=source, num_outputs=4, batch=True, no_copy=True)
     images = fn.decoders.image(jpegs, device=decoder, output_type=DALIImageType.RGB, adjust_orientation=False)
     if config.eval_resize is not None:
-        images = _resize(images, resize_shorter=config.eval_resize)
-        images = fn.crop(images, crop=(config.size, config.size))
+        images = _resize(images, size=targets)
+        images = fn.slice(
+            images, anchors, [config.size, config.size], axes=(0, 1), normalized_anchor=False, normalized_shape=False
+        )
     return images, ids
 
 

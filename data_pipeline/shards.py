@@ -5,6 +5,7 @@ sample is a slice of one mapped buffer). A sample id is the sample's row, counte
 """
 
 import json
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,16 @@ class Manifest:
             )
         try:
             values: dict[str, Any] = json.loads(path.read_text())
+            if values["format"] != FORMAT:
+                raise LonghaulError(
+                    f"{path} has format {values['format']}, this version reads {FORMAT}: prepare the data set again."
+                )
             splits = {name: [Shard(**shard) for shard in shards] for name, shards in values.pop("splits").items()}
-            manifest = cls(splits=splits, **values)
+            return cls(splits=splits, **values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LonghaulError(
                 f"{path} is not a manifest of Longhaul ({error}): prepare the data set again."
             ) from None
-        if manifest.format != FORMAT:
-            raise LonghaulError(
-                f"{path} has format {manifest.format}, this version reads {FORMAT}: prepare the data set again."
-            )
-        return manifest
 
 
 class Split:
@@ -100,7 +100,8 @@ class Split:
             raise LonghaulError(
                 f"{directory} has no split '{name}'; it has {', '.join(self.manifest.splits) or 'none'}."
             )
-        batches = [_open(directory / shard.file, shard.rows) for shard in shards]
+        self._paths = [directory / shard.file for shard in shards]
+        batches = [_open(path, shard.rows) for path, shard in zip(self._paths, shards, strict=True)]
         self._offsets = [np.frombuffer(b.column(0).buffers()[1], np.int32)[: b.num_rows + 1] for b in batches]
         self._values = [np.frombuffer(b.column(0).buffers()[2], np.uint8) for b in batches]
         self._batches = batches
@@ -124,9 +125,23 @@ class Split:
 
     def key(self, sample: int) -> str:
         """The name under which a sample was ingested."""
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        row = sample - (int(self._ends[shard]) - self._batches[shard].num_rows)
+        shard, row = self._find(sample)
         return str(self._batches[shard].column(4)[row].as_py())
+
+    def check_bytes(self, ids: NDArray[np.int64]) -> None:
+        """Raise LonghaulError naming the first of these samples that has not the bytes it was ingested with."""
+        for sample, view in zip(ids.tolist(), self.jpegs(ids), strict=True):
+            shard, row = self._find(sample)
+            if zlib.crc32(view.data) != self._batches[shard].column(5)[row].as_py():
+                raise LonghaulError(
+                    f"{self._paths[shard]}: the image {self.key(sample)} does not have the bytes that were written: "
+                    f"prepare the data set again."
+                )
+
+    def _find(self, sample: int) -> tuple[int, int]:
+        """The shard and the row in it of a sample."""
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        return shard, sample - (int(self._ends[shard]) - self._batches[shard].num_rows)
 
 
 def _open(path: Path, rows: int) -> pa.RecordBatch:
@@ -135,7 +150,8 @@ def _open(path: Path, rows: int) -> pa.RecordBatch:
         batch = reader.get_batch(0)
         if reader.schema != SCHEMA or reader.num_record_batches != 1 or batch.num_rows != rows:
             raise pa.ArrowInvalid("it does not hold the rows that the manifest promises")
-    except (pa.ArrowInvalid, OSError) as error:
+        batch.validate(full=True)  # offsets and keys; the images' bytes are not read
+    except (pa.ArrowException, OSError) as error:
         raise LonghaulError(
             f"The shard {path} cannot be read ({str(error).splitlines()[0].rstrip('.')}): prepare the data set again."
         ) from None

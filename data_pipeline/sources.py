@@ -1,10 +1,13 @@
 """Where images come from: the embedded digits, and class-per-folder trees in a directory, zip or tar file."""
 
 import io
+import os
 import tarfile
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -15,7 +18,7 @@ from configs import LonghaulError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 _TRAIN_NAMES = ("train", "training")
-_VAL_NAMES = ("val", "test", "validation", "valid")
+_VAL_NAMES = ("val", "validation", "valid", "test")  # the first that is there
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,13 @@ class Item:
 
 
 class Source(Protocol):
-    """A list of items in a fixed order, and their bytes."""
+    """A list of items in a fixed order, and their bytes; an item that cannot be read gives the error in their place."""
 
     name: str
 
     def items(self) -> list[Item]: ...
 
-    def read(self, items: list[Item]) -> Iterator[bytes]: ...
+    def read(self, items: list[Item]) -> Iterator[bytes | OSError]: ...
 
 
 def open_source(source: str, holdout: float) -> Source:
@@ -77,7 +80,7 @@ class Digits:
             items.append(Item(split, str(label), f"{split}/{label}/{index:04d}.jpg", str(index)))
         return items
 
-    def read(self, items: list[Item]) -> Iterator[bytes]:
+    def read(self, items: list[Item]) -> Iterator[bytes | OSError]:
         for item in items:
             buffer = io.BytesIO()
             # 4:4:4 at quality 100: an 8x8 image is a single block, so nothing of note is lost.
@@ -90,7 +93,15 @@ class Digits:
 class _Files(Protocol):
     def names(self) -> list[str]: ...
 
-    def read(self, names: list[str]) -> Iterator[bytes]: ...
+    def read(self, names: list[str]) -> Iterator[bytes | OSError]: ...
+
+
+def _attempt(read: Callable[[], bytes]) -> bytes | OSError:
+    try:
+        return read()
+    # RuntimeError: an encrypted file in a zip, or a compression that Python does not know
+    except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
+        return OSError(str(error))
 
 
 class _DirectoryFiles:
@@ -98,10 +109,12 @@ class _DirectoryFiles:
         self._root = root
 
     def names(self) -> list[str]:
-        return [p.relative_to(self._root).as_posix() for p in self._root.rglob("*") if p.is_file()]
+        # Links to folders are followed: subsets of ImageNet are often made of them.
+        paths = (Path(folder, file) for folder, _, files in os.walk(self._root, followlinks=True) for file in files)
+        return [path.relative_to(self._root).as_posix() for path in paths if path.is_file()]
 
-    def read(self, names: list[str]) -> Iterator[bytes]:
-        return ((self._root / name).read_bytes() for name in names)
+    def read(self, names: list[str]) -> Iterator[bytes | OSError]:
+        return (_attempt((self._root / name).read_bytes) for name in names)
 
 
 class _ZipFiles:
@@ -112,10 +125,10 @@ class _ZipFiles:
         with zipfile.ZipFile(self._path) as archive:
             return [info.filename for info in archive.infolist() if not info.is_dir()]
 
-    def read(self, names: list[str]) -> Iterator[bytes]:
+    def read(self, names: list[str]) -> Iterator[bytes | OSError]:
         with zipfile.ZipFile(self._path) as archive:
             for name in names:
-                yield archive.read(name)
+                yield _attempt(partial(archive.read, name))
 
 
 class _TarFiles:
@@ -123,20 +136,36 @@ class _TarFiles:
         self._path = path
 
     def names(self) -> list[str]:
-        with tarfile.open(self._path) as archive:
-            return [member.name for member in archive if member.isfile()]
+        try:
+            with tarfile.open(self._path) as archive:
+                names = [member.name for member in archive if member.isfile()]
+                # tarfile takes a header that is damaged or cut short for the end, which is a block of zeros.
+                assert archive.fileobj is not None
+                archive.fileobj.seek(archive.offset)
+                if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("its end is missing")
+                return names
+        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            raise LonghaulError(f"{self._path} is not whole ({error}): fetch or make it again.") from None
 
-    def read(self, names: list[str]) -> Iterator[bytes]:
+    def read(self, names: list[str]) -> Iterator[bytes | OSError]:
         with tarfile.open(self._path) as archive:
+            # By name in a dict of our own: looking one up in the archive is a search through all of them.
+            members = {member.name: member for member in archive}
             for name in names:
-                member = archive.extractfile(name)
-                assert member is not None, name  # `names` lists regular files only
-                yield member.read()
+                yield _attempt(partial(self._read, archive, members[name]))
+
+    @staticmethod
+    def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+        file = archive.extractfile(member)
+        assert file is not None, member.name  # `names` lists regular files only
+        return file.read()
 
 
 class Tree:
-    """A class-per-folder tree. `train/` and `val/` (or `test/`) at the top become splits; otherwise all is for
-    training but the share `holdout`, taken evenly from every class."""
+    """A class-per-folder tree. `train/` and `val/` (or, where there is none, `test/`) at the top become splits;
+    otherwise all is for training but the share `holdout`, taken evenly from every class. A class is the topmost folder
+    of its images, as for torchvision's ImageFolder; hidden files and folders are passed over."""
 
     def __init__(self, name: str, files: _Files, holdout: float) -> None:
         self.name = name
@@ -148,36 +177,42 @@ class Tree:
         found = sorted(
             (PurePosixPath(name).parts, name)
             for name in self._files.names()
-            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(name)
         )
-        while found and len({parts[0] for parts, _ in found}) == 1 and all(len(parts) > 2 for parts, _ in found):
+        while len({parts[0] for parts, _ in found}) == 1 and any(len(parts) > 2 for parts, _ in found):
             if found[0][0][0].lower() in _TRAIN_NAMES:
                 break
-            found = [(parts[1:], name) for parts, name in found]  # one folder around everything
+            found = [(parts[1:], name) for parts, name in found if len(parts) > 2]  # one folder around everything
         tops = {parts[0].lower() for parts, _ in found if len(parts) > 2}
-        has_splits = bool(tops & set(_TRAIN_NAMES))
-        items = [item for parts, name in found if (item := self._item(parts, name, has_splits)) is not None]
+        splits: dict[str, str] = {}
+        if tops & set(_TRAIN_NAMES):
+            held_out = [name for name in _VAL_NAMES if name in tops][:1]
+            splits = dict.fromkeys(_TRAIN_NAMES, "train") | dict.fromkeys(held_out, "val")
+        items = [item for parts, name in found if (item := _item(parts, name, splits)) is not None]
         if not any(item.split == "train" for item in items):
             raise LonghaulError(
                 f"No training images in '{self.name}': it needs a folder for each class "
                 f"(CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg)."
             )
-        if has_splits and any(item.split == "val" for item in items):
+        if splits and any(item.split == "val" for item in items):
             return items
         return _hold_out(items, self._holdout)
 
-    def _item(self, parts: tuple[str, ...], name: str, has_splits: bool) -> Item | None:
-        if len(parts) < 2:
-            return None
-        top = parts[0].lower()
-        if not has_splits:
-            return Item("train", parts[-2], "/".join(parts), name)
-        if len(parts) < 3 or top not in _TRAIN_NAMES + _VAL_NAMES:
-            return None
-        return Item("train" if top in _TRAIN_NAMES else "val", parts[-2], "/".join(parts), name)
-
-    def read(self, items: list[Item]) -> Iterator[bytes]:
+    def read(self, items: list[Item]) -> Iterator[bytes | OSError]:
         return self._files.read([item.path for item in items])
+
+
+def _item(parts: tuple[str, ...], name: str, splits: dict[str, str]) -> Item | None:
+    """The item of a file, or None for one that lies outside the classes; `splits` is empty for a plain tree."""
+    if not splits:
+        return Item("train", parts[0], "/".join(parts), name) if len(parts) > 1 else None
+    split = splits.get(parts[0].lower())
+    return Item(split, parts[1], "/".join(parts), name) if split is not None and len(parts) > 2 else None
+
+
+def _is_hidden(name: str) -> bool:
+    """Also what macOS adds to a zip: `__MACOSX/`, with a file `._x.jpg` for every x.jpg."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in PurePosixPath(name).parts)
 
 
 def _hold_out(items: list[Item], share: float) -> list[Item]:

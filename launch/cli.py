@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -61,7 +61,7 @@ def prepare(
 @app.command(
     epilog="Examples:  longhaul train digits --name demo --workers 2   |   "
     "longhaul train resnet50 seed=1 schedule.lr=0.5 --data data/imagenet --name rn50   |   "
-    "torchrun --nproc-per-node 2 -m launch.cli train digits --name demo --local"
+    "torchrun --nproc-per-node 2 -m launch.cli train digits --name demo"
 )
 def train(
     recipe: Annotated[str, typer.Argument(help=f"A name ({', '.join(list_recipes())}) or a path to a YAML file.")],
@@ -73,7 +73,7 @@ def train(
         int,
         typer.Option("--workers", min=0, help="Training processes (0: a process for each GPU, else for each core)."),
     ] = 0,
-    local: Annotated[bool, typer.Option("--local", help="Without Ray: one process, or those of torchrun.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Without Ray, in one process (torchrun implies it).")] = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
     max_failures: Annotated[int, typer.Option(help="How often workers may be lost before giving up.")] = 100,
@@ -137,17 +137,24 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: errors that the user can mend are one sentence, without a traceback."""
+    """Entry point: errors are one sentence, without a traceback; exit code 2 for what the user can mend, else 1."""
     try:
         app()
     except LonghaulError as error:
-        if os.environ.get("LONGHAUL_DEBUG"):
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            Console(stderr=True, soft_wrap=True).print(
-                f"[bold red]Error:[/bold red] {escape(str(error))}", highlight=False
-            )
-        sys.exit(2)
+        _fail(error, str(error), 2)
+    except OSError as error:
+        _fail(error, f"{error}.", 2)
+    except Exception as error:
+        words = " ".join(str(error).split())[:300]
+        _fail(error, f"{type(error).__name__}: {words} (the same command as `longhaul --debug ...` shows where)", 1)
+
+
+def _fail(error: Exception, message: str, code: int) -> NoReturn:
+    if os.environ.get("LONGHAUL_DEBUG"):
+        raise error
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/bold red] {escape(message)}", highlight=False)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

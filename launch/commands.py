@@ -77,7 +77,7 @@ def train_run(
     run.path.mkdir(parents=True, exist_ok=True)
 
     job = Job(recipe, data.absolute(), run, device, threads, allow_changes=allow_changes)
-    if local:
+    if local or "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
         _train_here(console, job, workers)
     else:
         _train_on_ray(console, job, workers, max_failures)
@@ -109,10 +109,7 @@ def _train_here(console: Console, job: Job, workers: int) -> None:
 
     place = Rendezvous.from_environment()
     if workers not in (0, place.world_size):
-        raise LonghaulError(
-            f"--local --workers {workers}: without Ray, torchrun starts the workers: "
-            f"torchrun --nproc-per-node {workers} -m launch.cli {shlex.join(sys.argv[1:])}"
-        )
+        raise LonghaulError(f"--workers {workers} without Ray: let torchrun start them: {_under_torchrun(workers)}")
     view = View(job.run, console)
     done = threading.Event()
     watching = threading.Thread(target=view.follow, args=(lambda: not done.is_set(),), daemon=True)
@@ -150,12 +147,18 @@ def _train_on_ray(console: Console, job: Job, workers: int, max_failures: int) -
     try:
         view.follow(fitting.is_alive)
     except KeyboardInterrupt:
-        job.run.stop_file.touch()
         console.print("Stopping: saving a checkpoint. Ctrl-C again leaves at once, without it.")
-        view.follow(fitting.is_alive)
+        view.follow(lambda: fitting.is_alive() and _keep_asking(job.run))
+        job.run.stop_file.unlink(missing_ok=True)
     if failure:
         raise failure[0]
     _conclude(console, job.run, view)
+
+
+def _keep_asking(run: RunDirectory) -> bool:
+    """Renew the stop file: workers that were only starting when it was written have removed it as an old one."""
+    run.stop_file.touch()
+    return True
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -177,8 +180,18 @@ def _conclude(console: Console, run: RunDirectory, view: View) -> None:
     console.print(f"Report: {shown_path(report)}", highlight=False)
 
 
+def _under_torchrun(workers: int) -> str:
+    """What was typed, as a torchrun command. --local is implied there, and would be taken for an option of torchrun."""
+    arguments = [a for a in sys.argv[1:] if a != "--local" and not a.startswith("--workers=")]
+    if "--workers" in arguments:
+        at = arguments.index("--workers")
+        del arguments[at : at + 2]
+    return f"torchrun --nproc-per-node {workers} -m launch.cli {shlex.join(arguments)}"
+
+
 def _typed() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as the user typed it; launch/train.py passes on what was typed on another machine."""
+    return os.environ.get("LONGHAUL_COMMAND") or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _show_result(console: Console, run: RunDirectory) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ SERVER = "http://127.0.0.1:8265"
 STOP_SECONDS = 600  # how long a stopped run may take over its checkpoint before Ray kills it; by default 3
 JOIN_SECONDS = 600  # how long machines may take to join: the first `ray up` installs some GB on each
 EXCLUDED = ["/.venv", "/.git", "/runs", "/data", "/build", "__pycache__", ".*_cache", ".hypothesis"]
+RETRIES = 30  # a second apart, when the connection to the job server breaks
 SHOWN_LINES = 20  # of the log so far, when a running job is followed again
 
 
@@ -83,7 +85,7 @@ def use_its_python(home: Path, arguments: list[str]) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows what there is.")
+        raise UserError(f"{message}; `python launch/train.py --help` shows what there is.")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -118,7 +120,7 @@ def _check(options: argparse.Namespace) -> None:
     stray = [text for text in options.overrides if "=" not in text]
     if stray:
         raise UserError(
-            f"'{stray[0]}' is neither an option nor key=value. (`ray submit` splits arguments at spaces, quoted or not.)"
+            f"'{stray[0]}' is neither an option nor key=value; `ray submit` splits arguments at spaces, quoted or not."
         )
     options.name = options.name or Path(options.recipe).stem
     if not re.fullmatch(r"\w[\w.-]*", options.name, re.ASCII):
@@ -129,6 +131,8 @@ def connect() -> JobSubmissionClient:
     """The head's job server, which listens on the head itself only."""
     from ray.job_submission import JobSubmissionClient
 
+    for module in ("", ".dashboard.modules.job.sdk", ".dashboard.modules.dashboard_sdk"):  # of packages and sockets
+        logging.getLogger(f"ray{module}").setLevel(logging.ERROR)
     address = os.environ.get("RAY_API_SERVER_ADDRESS", SERVER)
     try:
         return JobSubmissionClient(address)
@@ -139,7 +143,7 @@ def connect() -> JobSubmissionClient:
 def train(client: JobSubmissionClient, home: Path, options: argparse.Namespace) -> int:
     """Submit the run, or find the job that is at it already, and follow it."""
     check_recipe(home, options)
-    run = describe_run(home, options)
+    run = describe_run(options)
     running = [job for job in our_jobs(client) if is_alive(job) and _path(job) == str(run.path)]
     if running and running[0].entrypoint != run.entrypoint:
         raise UserError(
@@ -173,7 +177,7 @@ def check_recipe(home: Path, options: argparse.Namespace) -> None:
         raise UserError(str(error)) from None
 
 
-def describe_run(home: Path, options: argparse.Namespace) -> Run:
+def describe_run(options: argparse.Namespace) -> Run:
     """The command that the job runs. Its own directory is a copy that goes away, so every path in it is absolute."""
     runs = options.runs or Path(os.environ.get("LONGHAUL_RUNS", "~/longhaul-runs"))
     path = runs.expanduser().absolute() / options.name
@@ -322,25 +326,29 @@ def conclude(client: JobSubmissionClient, job_id: str) -> int:
 
 def _show(client: JobSubmissionClient, job_id: str, seen: int) -> None:
     """Print the log from character `seen` on until the job has ended, however often the connection breaks."""
-    while True:
-        ended = client.get_job_status(job_id).is_terminal()  # asked first, so that the last lines are still shown
-        seen = asyncio.run(_show_connected(client, job_id, seen))
-        if ended:
+    failures = 0
+    while failures < RETRIES:
+        before = seen
+        seen, complete = asyncio.run(_show_connected(client, job_id, seen))
+        if complete:
             return
-        time.sleep(0.2)
+        failures = 1 if seen > before else failures + 1
+        time.sleep(1)
+    raise UserError(f"The head's job server does not answer; {job_id} may go on: --attach follows it again.")
 
 
-async def _show_connected(client: JobSubmissionClient, job_id: str, seen: int) -> int:
-    """Print what the job server sends after character `seen` until it hangs up; returns the new `seen`."""
+async def _show_connected(client: JobSubmissionClient, job_id: str, seen: int) -> tuple[int, bool]:
+    """Print what the job server sends after character `seen`; returns the new `seen`, and whether that was all."""
+    import aiohttp
+
     position = 0
     try:
-        async for text in client.tail_job_logs(job_id):
-            new = text[max(0, seen - position) :]
+        async for text in client.tail_job_logs(job_id):  # always from the beginning
+            print(text[max(0, seen - position) :], end="", flush=True)
             position += len(text)
-            print(new, end="", flush=True)
-    except RuntimeError:  # the connection broke; the caller tries again
-        await asyncio.sleep(1)
-    return max(seen, position)
+    except (RuntimeError, aiohttp.ClientError):
+        return max(seen, position), False
+    return max(seen, position), True
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def _started(event: Event) -> str:
     for worker in event["workers"]:
         places[worker["host"]] = places.get(worker["host"], 0) + 1
     where = ", ".join(f"{count} on {host}" for host, count in places.items())
-    return f"Attempt {event['attempt']}: {event['world_size']} workers ({where}), {event['workers'][0]['device']}"
+    noun = "worker" if event["world_size"] == 1 else "workers"
+    return f"Attempt {event['attempt']}: {event['world_size']} {noun} ({where}), {event['workers'][0]['device']}"
 
 
 _LINES: dict[str, Callable[[Event], str]] = {

@@ -35,8 +35,8 @@ class Window:
 
     def report(self) -> dict[str, float]:
         """Means over the whole batch and all ranks since the last report, which starts a new window; called by all
-        ranks together. `images_per_second` leaves out evaluation and waiting for checkpoints; `data_wait_seconds` is the slowest
-        worker's, a step."""
+        ranks together. `images_per_second` leaves out evaluation and waiting for checkpoints; `data_wait_seconds`
+        is the slowest worker's, a step."""
         assert self._sums is not None
         dist.all_reduce(self._sums, group=self.group.gradients)
         loss, correct = self._sums.tolist()

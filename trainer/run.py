@@ -243,7 +243,7 @@ def _seconds_worked(run: RunDirectory) -> float:
     began: dict[int, float] = {}
     ended: dict[int, float] = {}
     for event in run.events():
-        attempt = event.get("attempt")  # the driver's events have none
+        attempt = event.get("attempt", 0)  # the driver's events have none
         if event["event"] == "start":
             began[attempt] = event["time"]
         if attempt in began:

@@ -186,7 +186,7 @@ def time_ledger(events: Iterable[Event]) -> dict[str, float]:
     - productive training: for each step event, its steps since the one before it (or since the attempt's start)
       x (`step_seconds` - `data_wait_seconds`). Steps after the last step event that an evaluation, a checkpoint or
       the end tells of count at the pace of that last step event.
-    - data wait: the same steps x `data_wait_seconds`, the mean over the workers.
+    - data wait: the same steps x `data_wait_seconds`, the slowest worker's.
     - evaluation: the sum of `seconds` of evaluation events.
     - checkpoint stall: the sum of `stall_seconds` of checkpoint_started events; writing goes on behind the steps
       and costs nothing here.

@@ -1,0 +1,22 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# No deadline: the first example pays for imports, and machines differ. The same examples every time, so that a red
+# test stays red until it is mended.
+settings.register_profile("longhaul", deadline=None, derandomize=True)
+settings.load_profile("longhaul")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that the input pipelines and the models run on."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible here")
+    return torch.device(request.param)

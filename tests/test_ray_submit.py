@@ -1,0 +1,80 @@
+"""`ray up` and `ray submit` on three pretend machines: the run is the cluster's, and no terminal's."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests import pretend
+from tests.pretend import Cluster, lose_terminal, wait_for
+
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
+
+# Three workers need three micro-batches at least; one thread each, as the three machines share this one's cores.
+SMALL = ("--recipe", "digits", "--workers", "3", "--threads", "1", "batch.micro=16", "log.every=1it")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    reason = pretend.reason_to_skip()
+    if reason is not None:
+        pytest.skip(reason)
+    with pretend.cluster() as made:
+        yield made
+
+
+def test_a_run_outlives_the_terminal_and_can_be_followed_again(cluster: Cluster) -> None:
+    arguments = (*SMALL, "--name", "lost", "duration=12ep")
+    client = cluster.submit(*arguments)
+    wait_for(lambda: cluster.events("lost", "step"), 120, "the first step")
+    lose_terminal(client)
+    steps_then = len(cluster.events("lost", "step"))
+
+    code, output = cluster.submit_to_end("--attach", "lost")
+    assert code == 0, output
+    assert steps_then < 271, "the run was over before the terminal was lost; make it longer"
+    assert "Attempt 1: 3 workers" in output
+    assert "of 355 held-out images; 271 steps" in output
+
+    (start,) = cluster.events("lost", "start")
+    assert [worker["rank"] for worker in start["workers"]] == [0, 1, 2]
+    assert {worker["host"] for worker in start["workers"]} == {"lh1", "lh2", "lh3"}
+    result = json.loads((cluster.runs / "lost" / "result.json").read_text())
+    assert (result["steps"], result["attempts"], result["num_images"]) == (271, 1, 355)
+    assert result["top1"] > 0.9
+
+
+def test_a_paused_run_saves_a_checkpoint_and_the_same_command_resumes_it(cluster: Cluster) -> None:
+    arguments = (*SMALL, "--name", "paused", "duration=16ep", "checkpoint.every=100ep")
+    code, output = cluster.submit_to_end(*arguments, "--no-wait")
+    assert code == 0, output
+    wait_for(lambda: cluster.events("paused", "step"), 60, "the first step")
+
+    code, output = cluster.submit_to_end(*arguments, "seed=1")
+    assert code != 0
+    assert "paused is running already, as job paused.1, and not with these arguments." in output
+    code, output = cluster.submit_to_end("--pause", "paused")
+    assert code == 0, output
+    assert "Job paused.1: stopped." in output
+    (stopped,) = cluster.events("paused", "stopped")
+    assert (cluster.runs / "paused" / "checkpoints" / f"step-{stopped['step']:08}" / "manifest.json").is_file()
+
+    code, output = cluster.submit_to_end(*arguments)
+    assert code == 0, output
+    assert f"Resumed at step {stopped['step']}" in output
+    result = json.loads((cluster.runs / "paused" / "result.json").read_text())
+    assert (result["steps"], result["attempts"]) == (361, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (("--recipe", "digitz"), "Error: There is no recipe 'digitz' (did you mean 'digits'?)"),
+        (("--recipe", "digits", "--name", "far", "--data", "/nowhere"), "Error: There is no data set at /nowhere"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence(cluster: Cluster, arguments: tuple[str, ...], sentence: str) -> None:
+    code, output = cluster.submit_to_end(*arguments)
+    assert code != 0
+    assert sentence in output
+    assert "Traceback" not in output
