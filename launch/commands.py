@@ -132,6 +132,7 @@ def _train_on_ray(console: Console, job: Job, workers: int, max_failures: int) -
         verbose = bool(os.environ.get("LONGHAUL_DEBUG"))
         connect(verbose)
     placement = Placement(count_workers(job, workers), max_failures, verbose)
+    console.print(f"Starting {placement.num_workers} training processes on Ray ...")
     view = View(job.run, console)
     failure: list[BaseException] = []
 

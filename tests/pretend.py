@@ -63,6 +63,7 @@ class Cluster:
     def __init__(self, storage: Path) -> None:
         self.name = f"pretend-{os.getpid()}"
         self.storage, self.runs = storage, storage / "runs"
+        self.environment = {**os.environ, "HOSTS_DIR": str(storage / "hosts")}  # for calls of `hosts`
         self.config = storage / "cluster.yaml"
         self.config.write_text(yaml.safe_dump(self._adapted(), width=10_000))
         self._clients: list[subprocess.Popen[str]] = []
@@ -137,13 +138,12 @@ def lose_terminal(client: subprocess.Popen[str]) -> None:
 def cluster() -> Iterator[Cluster]:
     """Three pretend machines with Ray on them; everything is removed at the end."""
     storage = Path(tempfile.mkdtemp(prefix="longhaul-pretend-", dir="/tmp"))  # /tmp is what the machines share
-    environment = {**os.environ, "HOSTS_DIR": str(storage / "hosts")}
     made = Cluster(storage)
     try:
-        subprocess.run([HOSTS, "up", str(len(ADDRESSES))], env=environment, check=True, timeout=60)
+        subprocess.run([HOSTS, "up", str(len(ADDRESSES))], env=made.environment, check=True, timeout=60)
         made.up()
         yield made
     finally:
         made.close()
-        subprocess.run([HOSTS, "down"], env=environment, check=True, timeout=60)
+        subprocess.run([HOSTS, "down"], env=made.environment, check=True, timeout=60)
         shutil.rmtree(storage)

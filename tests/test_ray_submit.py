@@ -24,7 +24,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_a_run_outlives_the_terminal_and_can_be_followed_again(cluster: Cluster) -> None:
-    arguments = (*SMALL, "--name", "lost", "duration=12ep")
+    arguments = (*SMALL, "--name", "lost", "duration=6ep")
     client = cluster.submit(*arguments)
     wait_for(lambda: cluster.events("lost", "step"), 120, "the first step")
     lose_terminal(client)
@@ -32,27 +32,27 @@ def test_a_run_outlives_the_terminal_and_can_be_followed_again(cluster: Cluster)
 
     code, output = cluster.submit_to_end("--attach", "lost")
     assert code == 0, output
-    assert steps_then < 271, "the run was over before the terminal was lost; make it longer"
+    assert steps_then < 136, "the run was over before the terminal was lost; make it longer"
     assert "Attempt 1: 3 workers" in output
-    assert "of 355 held-out images; 271 steps" in output
+    assert "of 355 held-out images; 136 steps" in output
 
     (start,) = cluster.events("lost", "start")
     assert [worker["rank"] for worker in start["workers"]] == [0, 1, 2]
     assert {worker["host"] for worker in start["workers"]} == {"lh1", "lh2", "lh3"}
     result = json.loads((cluster.runs / "lost" / "result.json").read_text())
-    assert (result["steps"], result["attempts"], result["num_images"]) == (271, 1, 355)
-    assert result["top1"] > 0.9
+    assert (result["steps"], result["attempts"], result["num_images"]) == (136, 1, 355)
+    assert result["top1"] > 0.6
 
 
 def test_a_paused_run_saves_a_checkpoint_and_the_same_command_resumes_it(cluster: Cluster) -> None:
-    arguments = (*SMALL, "--name", "paused", "duration=16ep", "checkpoint.every=100ep")
+    arguments = (*SMALL, "--name", "paused", "duration=10ep", "checkpoint.every=100ep")
     code, output = cluster.submit_to_end(*arguments, "--no-wait")
     assert code == 0, output
-    wait_for(lambda: cluster.events("paused", "step"), 60, "the first step")
-
     code, output = cluster.submit_to_end(*arguments, "seed=1")
     assert code != 0
     assert "paused is running already, as job paused.1, and not with these arguments." in output
+
+    wait_for(lambda: cluster.events("paused", "step"), 60, "the first step")
     code, output = cluster.submit_to_end("--pause", "paused")
     assert code == 0, output
     assert "Job paused.1: stopped." in output
@@ -63,7 +63,7 @@ def test_a_paused_run_saves_a_checkpoint_and_the_same_command_resumes_it(cluster
     assert code == 0, output
     assert f"Resumed at step {stopped['step']}" in output
     result = json.loads((cluster.runs / "paused" / "result.json").read_text())
-    assert (result["steps"], result["attempts"]) == (361, 2)
+    assert (result["steps"], result["attempts"]) == (226, 2)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,9 @@ class Loop:
     threads: int
     step: int
 
+    def __post_init__(self) -> None:
+        self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
+
     def run(self) -> Score | None:
         """Train from `step` to the end, or until a stop is asked for. Returns the final score (None: stopped early, or
         nothing held out)."""
@@ -54,7 +57,6 @@ class Loop:
             Work(self.step, total, micros), self.group.device, self.threads,
         )  # fmt: skip
         agreement = Agreement(self.group)
-        self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
         score = None
         while self.step < total:
             agreement.ask(self.requests.here())
@@ -81,7 +83,6 @@ class Loop:
 
     def evaluate_only(self) -> Score | None:
         """The score of the state as it is."""
-        self.window = Window(self.group, 1, 1)
         return self._evaluate()
 
     def _load(self, batches: Iterator[Batch]) -> Batch:

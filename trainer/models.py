@@ -26,7 +26,7 @@ def build_model(config: Model, num_classes: int, seed: int) -> nn.Module:
     if config.name not in MODELS:
         raise LonghaulError(f"There is no model '{config.name}'; known are {', '.join(MODELS)}.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
         if config.name in _CIFAR:
             return CifarResNet(_CIFAR[config.name], num_classes, config)
         blocks, bottleneck = _IMAGENET[config.name]
