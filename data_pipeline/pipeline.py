@@ -70,9 +70,7 @@ def _evaluation(config: Input, source: Callable[[int], Any], decoder: str) -> An
     images = fn.decoders.image(jpegs, device=decoder, output_type=DALIImageType.RGB, adjust_orientation=False)
     if config.eval_resize is not None:
         images = _resize(images, size=targets)
-        images = fn.slice(
-            images, anchors, [config.size, config.size], axes=(0, 1), normalized_anchor=False, normalized_shape=False
-        )
+        images = fn.slice(images, start=anchors, shape=[config.size, config.size], axes=(0, 1))
     return images, ids
 
 

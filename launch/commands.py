@@ -246,6 +246,8 @@ def verify_run(console: Console, name: str, data: Path | None, runs: Path) -> No
         task = bar.add_task("steps", total=None)
         findings = verify(run, data, lambda done, total: bar.update(task, completed=done, total=total))
     table = Table(show_header=False, box=None)
+    for _ in range(3):
+        table.add_column(overflow="fold")
     for finding in findings:
         table.add_row("[green]yes" if finding.holds else "[bold red]NO", finding.what, finding.figures)
     console.print(table)

@@ -63,6 +63,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
 
 
 def find_home() -> Path:
@@ -90,7 +93,11 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line, checked as far as it can be without the cluster."""
-    parser = _Parser(prog=COMMAND, description="Train a recipe on the cluster.", allow_abbrev=False)
+    parser = _Parser(
+        usage=f"{COMMAND} --recipe NAME [options] [key=value ...]",
+        description="Train a recipe on the cluster, or go on with a run that is there.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     add("--recipe", help="a recipe's name, or a YAML file in the repository")
@@ -310,7 +317,7 @@ def follow(client: JobSubmissionClient, job_id: str, last_lines: int | None = No
         _show(client, job_id, seen)
     except KeyboardInterrupt:
         print(f"\nLeft {job_id}, which goes on; {COMMAND} --attach follows it again.", flush=True)
-        return 130
+        return 0
     return conclude(client, job_id)
 
 

@@ -94,7 +94,7 @@ class Cluster:
         """`ray submit ... launch/train.py ARGUMENTS`, in a process group of its own, as in a terminal of its own."""
         return self._ray(["submit", "--no-config-cache", str(self.config), "launch/train.py", *arguments])
 
-    def submit_to_end(self, *arguments: str, seconds: float = 120) -> tuple[int, str]:
+    def submit_to_end(self, *arguments: str, seconds: float = 240) -> tuple[int, str]:
         """The exit code of `ray submit` and everything it printed."""
         client = self.submit(*arguments)
         output, _ = client.communicate(timeout=seconds)

@@ -123,6 +123,18 @@ def test_the_central_crop_stands_where_torchvisions_stands(height: int, width: i
     assert torch.equal(cut, places[:, anchor[0] : anchor[0] + size, anchor[1] : anchor[1] + size])
 
 
+@pytest.mark.parametrize("crop", [ResizedCrop(area=(0.3, 1.0)), ScaleCrop(shorter=(8, 16))])
+def test_a_crop_may_stand_in_every_place_that_its_size_leaves(crop: Crop) -> None:
+    boxes = draw(recipe(crop, size=8), same_size(9, 11, 20_000)).boxes
+    for axis, length in ((0, 9), (1, 11)):
+        sides, counts = np.unique(boxes[:, axis + 2], return_counts=True)
+        often = sides[counts > 500]  # then one of at most eight places stays empty with probability exp(-62)
+        assert len(often) > 2
+        for side in often:
+            places = boxes[boxes[:, axis + 2] == side, axis]
+            assert set(places.tolist()) == set(range(length - side + 1))
+
+
 # --- distributions -----------------------------------------------------------------------------------------------
 
 QUANTILES = np.array([0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98])

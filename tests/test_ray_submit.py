@@ -8,7 +8,8 @@ import pytest
 from tests import pretend
 from tests.pretend import Cluster, lose_terminal, wait_for
 
-pytestmark = [pytest.mark.hosts, pytest.mark.slow]
+# The first test waits for the cluster as well; half a minute alone, minutes where other work shares the cores.
+pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Three workers need three micro-batches at least; one thread each, as the three machines share this one's cores.
 SMALL = ("--recipe", "digits", "--workers", "3", "--threads", "1", "batch.micro=16", "log.every=1it")
@@ -45,7 +46,7 @@ def test_a_run_outlives_the_terminal_and_can_be_followed_again(cluster: Cluster)
 
 
 def test_a_paused_run_saves_a_checkpoint_and_the_same_command_resumes_it(cluster: Cluster) -> None:
-    arguments = (*SMALL, "--name", "paused", "duration=10ep", "checkpoint.every=100ep")
+    arguments = (*SMALL, "--name", "paused", "duration=8ep", "checkpoint.every=100ep")
     code, output = cluster.submit_to_end(*arguments, "--no-wait")
     assert code == 0, output
     code, output = cluster.submit_to_end(*arguments, "seed=1")
@@ -63,7 +64,7 @@ def test_a_paused_run_saves_a_checkpoint_and_the_same_command_resumes_it(cluster
     assert code == 0, output
     assert f"Resumed at step {stopped['step']}" in output
     result = json.loads((cluster.runs / "paused" / "result.json").read_text())
-    assert (result["steps"], result["attempts"]) == (226, 2)
+    assert (result["steps"], result["attempts"]) == (181, 2)
 
 
 @pytest.mark.parametrize(

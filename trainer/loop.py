@@ -74,6 +74,7 @@ class Loop:
             if self._due(self.recipe.checkpoint.every) or stop or finished:
                 self._save()
             if stop and not finished:
+                self.checkpointer.wait()  # "stopped" promises that the checkpoint is there
                 self.telemetry.event("stopped", step=self.step)
                 return None
         return score
