@@ -85,8 +85,8 @@ def evaluation_batches(
         if index >= len(batches):
             raise StopIteration
         ids = batches[index]
-        targets, anchors = central(config, split.sizes[ids])
-        given = (split.jpegs(ids), targets, anchors, ids[:, None])
+        boxes = () if config.eval_resize is None else central(config, split.sizes[ids])
+        given = (split.jpegs(ids), ids[:, None], *boxes)
         ring.append((ids, given))
         return given
 
@@ -118,6 +118,8 @@ def _iterate(
 ) -> Iterator[Batch]:
     mean = 255 * torch.tensor(config.mean, device=device).view(3, 1, 1)
     scale = 1 / (255 * torch.tensor(config.std, device=device).view(3, 1, 1))
+    # On a GPU the copy below is only queued: what it reads is kept until two batches later.
+    held: deque[Any] = deque(maxlen=2)
     while True:
         try:
             images, records = pipeline.run()
@@ -127,7 +129,7 @@ def _iterate(
             for ids, _ in recent:
                 split.check_bytes(ids)
             raise
-        # The copy to float32 comes before the next run(), after which DALI may use the memory again.
+        held.append(images)
         pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).to(device, torch.float32)
         rows = np.array(records.as_tensor())
         shift = shifts(rows)

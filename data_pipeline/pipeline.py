@@ -66,9 +66,11 @@ def _training(config: Input, source: Callable[[int], Any], decoder: str) -> Any:
 
 @pipeline_def
 def _evaluation(config: Input, source: Callable[[int], Any], decoder: str) -> Any:
-    jpegs, targets, anchors, ids = fn.external_source(source=source, num_outputs=4, batch=True, no_copy=True)
+    num_outputs = 2 if config.eval_resize is None else 4
+    jpegs, ids, *boxes = fn.external_source(source=source, num_outputs=num_outputs, batch=True, no_copy=True)
     images = fn.decoders.image(jpegs, device=decoder, output_type=DALIImageType.RGB, adjust_orientation=False)
-    if config.eval_resize is not None:
+    if boxes:
+        targets, anchors = boxes
         images = _resize(images, size=targets)
         images = fn.slice(images, start=anchors, shape=[config.size, config.size], axes=(0, 1))
     return images, ids

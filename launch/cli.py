@@ -27,7 +27,9 @@ RunsOption = Annotated[
 ]
 DataOption = Annotated[Path | None, typer.Option("--data", help="The data set (made by `longhaul prepare`).")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads a worker (0: cores / workers).")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, help="CPU threads a worker (0: cores / workers; 1 if deterministic).")
+]
 
 
 @app.callback()

@@ -201,9 +201,9 @@ class Checkpointer:
             names = [p.name for p in temporary.glob(f"__{rank}_*.distcp")] + ([".metadata"] if rank == 0 else [])
             return None, {name: _fingerprint(temporary / name) for name in names}
         except dcp.api.CheckpointException as error:
-            return str(next(iter(error.failures.values()))[0]), {}
+            return _reason(str(next(iter(error.failures.values()))[0]), temporary, state), {}
         except OSError as error:
-            return str(error), {}
+            return _reason(str(error), temporary, state), {}
 
     def _commit(self, temporary: Path, step: int, manifest: dict[str, Any]) -> Path:
         with (temporary / MANIFEST).open("w") as out:
@@ -221,6 +221,15 @@ class Checkpointer:
     def _prune(self) -> None:
         for path in find(self._directory)[: -self._keep]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _reason(message: str, directory: Path, state: State) -> str:
+    """Why a save failed. Of a full disk torch's writer often tells no more than an unexpected position."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    free = shutil.disk_usage(directory.parent).free
+    if free < size:
+        return f"No space left on device: {directory.parent} has {free:,} bytes, a checkpoint takes up to {size:,}"
+    return message
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ class Job:
     """What a worker is told. The recipe decides the result; the rest is where and how to compute it.
 
     Attributes:
-        threads: CPU threads of this worker, for computing and for decoding (0: cores / workers on this machine).
+        threads: CPU threads of this worker, for computing and for decoding (0: cores / workers on this machine,
+            or 1 where the recipe is deterministic).
         timeout_seconds: how long a collective may wait for another worker.
     """
 

@@ -39,15 +39,21 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
     """Train the job as one of `place.world_size` workers. Raises LonghaulError, on every rank alike, for what the
     user can mend."""
     device = pick_device(job.device, place.local_rank)
-    threads = job.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
-    torch.set_num_threads(threads)
     with join(place, device, job.timeout_seconds) as group, StopRequests(job.run.stop_file) as requests:
         _together(group, lambda: _require_shared(job.run))
         recipe = _settle(job, group)
         torch.use_deterministic_algorithms(recipe.deterministic)
+        # The number of threads decides the order of sums, so a deterministic run does not take it from the machine.
+        threads = job.threads or (1 if recipe.deterministic else cores_each(local_world_size))
+        torch.set_num_threads(threads)
         train_split, val_split = _together(group, lambda: _open_splits(job.data))
         engine = _together(group, lambda: _build(recipe, len(train_split.manifest.classes), group))
         return _Worker(job, recipe, group, requests, engine, train_split, val_split, threads).run()
+
+
+def cores_each(local_world_size: int) -> int:
+    """CPU threads for each of the workers of this machine, so that together they do not exceed its cores."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
 class _Worker:

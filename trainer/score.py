@@ -11,6 +11,7 @@ from trainer.checkpoint import Saved, check, like, load, newest_valid, open_chec
 from trainer.engines import build_engine
 from trainer.evaluate import Score, evaluate
 from trainer.group import Rendezvous, join, pick_device
+from trainer.run import cores_each
 from trainer.rundir import RunDirectory
 
 
@@ -27,7 +28,7 @@ def score_checkpoint(
         data = Path(next(event["data"] for event in run.events() if event["event"] == "start"))
     split = Split(data, "val")
     place = Rendezvous.from_environment()
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = threads or cores_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     with join(place, pick_device(device, place.local_rank), timeout_seconds=600) as group:
         engine = build_engine(recipe, recipe.model.num_classes or len(split.manifest.classes), group)
