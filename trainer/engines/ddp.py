@@ -52,7 +52,7 @@ class DdpEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=False)
+        self._optimizer.zero_grad()
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -109,4 +109,4 @@ class DdpEngine:
             with self._autocast():
                 logits = network(self._laid_out(images))
             logits.float().sum().backward()
-        self._optimizer.zero_grad(set_to_none=False)
+        self._optimizer.zero_grad()
