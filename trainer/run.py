@@ -22,6 +22,7 @@ from trainer.group import Group, Rendezvous, join, pick_device
 from trainer.job import Job
 from trainer.ledger import Ledger, Recorder
 from trainer.loop import Loop, training_state
+from trainer.memory import keep_freed_memory
 from trainer.rundir import RunDirectory, settle_recipe, write_atomically
 from trainer.stopping import StopRequests
 from trainer.telemetry import Telemetry
@@ -39,6 +40,8 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
     """Train the job as one of `place.world_size` workers. Raises LonghaulError, on every rank alike, for what the
     user can mend."""
     device = pick_device(job.device, place.local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     with join(place, device, job.timeout_seconds) as group, StopRequests(job.run.stop_file) as requests:
         _together(group, lambda: _require_shared(job.run))
         recipe = _settle(job, group)
