@@ -40,13 +40,12 @@ def connect(verbose: bool) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor more to start, and nothing listens yet
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do anyway; unset, it warns
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets anything else on the machine go first
     ray.init(
         include_dashboard=False,  # of a cluster of its own; one that runs already has what it was started with
         log_to_driver=verbose,
         logging_level=logging.INFO if verbose else logging.ERROR,
-        configure_logging=True,
     )
 
 

@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -90,10 +91,20 @@ def _find_data(console: Console, recipe: Recipe, data: Path | None, run: RunDire
     if recipe.data != "digits":
         raise LonghaulError("--data is missing: give the data set's directory (see `longhaul prepare --help`).")
     embedded = run.path.parent / ".data" / "digits"
-    if not embedded.exists():
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one writes; it appears when it is whole
+        _wait_until_there(embedded)
+    elif not embedded.exists():
         console.print(f"Writing the embedded digits into {shown_path(embedded)}")
         prepare_data(console, "digits", embedded, 0.0)
     return embedded
+
+
+def _wait_until_there(path: Path, seconds: float = 300.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise LonghaulError(f"{path}, which rank 0 was to write, did not appear within {seconds:.0f} s.")
+        time.sleep(0.1)
 
 
 def _is_finished(run: RunDirectory, recipe: Recipe, manifest: Manifest) -> bool:

@@ -1,6 +1,7 @@
 """The `longhaul` command as typed: what it prints, and that every mistake is one sentence and a non-zero exit code."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,6 +102,20 @@ def test_from_images_to_report_in_one_process(cli, tmp_path: Path) -> None:  # t
     code, output = cli("eval", str(checkpoint))
     assert code == 2 and shard.name in output
     assert cli("verify", "t")[0] == 2, "no checkpoint is left that verifies"
+
+
+@pytest.mark.slow
+def test_two_torchrun_processes_need_no_ray_and_write_the_embedded_data_once(tmp_path: Path) -> None:
+    train = ("-m", "launch.cli", "train", "digits", "duration=4it", "--name", "t", "--runs", str(tmp_path / "runs"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *train, "--threads", "1"],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1,442 train, 355 val") == 1
+    assert "2 workers" in done.stdout and "355 held-out images; 4 steps" in done.stdout
 
 
 def test_verify_leaves_with_1_when_something_does_not_hold(cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -100,7 +100,6 @@ def join(place: Rendezvous, device: torch.device, timeout_seconds: float) -> Ite
     """Form the process groups and leave them at the end."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=f"tcp://{place.master_address}:{place.master_port}",
