@@ -1,6 +1,5 @@
 """`longhaul prepare`: every image verified by decoding, repaired where possible, and written into Arrow shards."""
 
-import hashlib
 import io
 import shutil
 import zlib
@@ -13,7 +12,7 @@ import pyarrow as pa
 from PIL import Image
 
 from configs import LonghaulError
-from data_pipeline.shards import SCHEMA, Manifest, Shard
+from data_pipeline.shards import INDEX_SCHEMA, SCHEMA, Manifest, Shard, map_batch, write_batch
 from data_pipeline.sources import Item, Source
 
 SHARD_BYTES = 128 * 2**20
@@ -23,7 +22,7 @@ SHARD_BYTES = 128 * 2**20
 class Row:
     """One verified image, ready for a shard."""
 
-    jpeg: bytes
+    image: bytes
     label: int
     height: int
     width: int
@@ -103,7 +102,8 @@ def prepare(
     if not splits.get("train"):
         raise LonghaulError(f"No image of '{source.name}' could be decoded; nothing was written.")
     mean, std = statistics.result()
-    manifest = Manifest(source.name, classes, splits, mean, std, source.name, quarantined)
+    indexes = {split: _write_index(unfinished, split, shards) for split, shards in splits.items()}
+    manifest = Manifest(source.name, classes, splits, indexes, mean, std, source.name, quarantined=quarantined)
     manifest.write(unfinished)
     unfinished.rename(out)
     return manifest
@@ -129,7 +129,7 @@ def _write_split(directory: Path, split: str, rows: Iterator[Row], shard_bytes: 
     size = 0
     for row in rows:
         pending.append(row)
-        size += len(row.jpeg)
+        size += len(row.image)
         if size >= shard_bytes:
             shards.append(_write_shard(directory, f"{split}-{len(shards):05d}.arrow", pending))
             pending, size = [], 0
@@ -140,16 +140,17 @@ def _write_split(directory: Path, split: str, rows: Iterator[Row], shard_bytes: 
 
 def _write_shard(directory: Path, file: str, rows: list[Row]) -> Shard:
     columns = [
-        pa.array([r.jpeg for r in rows], pa.binary()),
+        pa.array([r.image for r in rows], pa.binary()),
         pa.array([r.label for r in rows], pa.int32()),
         pa.array([r.height for r in rows], pa.int32()),
         pa.array([r.width for r in rows], pa.int32()),
         pa.array([r.key for r in rows], pa.string()),
-        pa.array([zlib.crc32(r.jpeg) for r in rows], pa.uint32()),
+        pa.array([zlib.crc32(r.image) for r in rows], pa.uint32()),
     ]
-    path = directory / file
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-    with path.open("rb") as shard_file:
-        digest = hashlib.file_digest(shard_file, "sha256").hexdigest()
-    return Shard(file, len(rows), path.stat().st_size, digest)
+    return write_batch(directory / file, pa.record_batch(columns, schema=SCHEMA))
+
+
+def _write_index(directory: Path, split: str, shards: list[Shard]) -> Shard:
+    batches = [map_batch(directory / shard.file, SCHEMA, shard.rows).select(INDEX_SCHEMA.names) for shard in shards]
+    whole = pa.Table.from_batches(batches, INDEX_SCHEMA).combine_chunks().to_batches()[0]
+    return write_batch(directory / f"{split}.index.arrow", whole)

@@ -14,7 +14,7 @@ from configs.schema import Input
 from data_pipeline.augment import augment, central
 from data_pipeline.order import Order
 from data_pipeline.pipeline import PREFETCH, evaluation_pipeline, options, training_pipeline
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def training_batches(
             axis=1,
         )
         anchors, shapes = np.ascontiguousarray(drawn.boxes[:, :2]), np.ascontiguousarray(drawn.boxes[:, 2:])
-        given = (split.jpegs(ids), anchors, shapes, drawn.flips, records)
+        given = (split.images(ids), anchors, shapes, drawn.flips, records)
         ring.append((ids, given))
         return given
 
@@ -86,7 +86,7 @@ def evaluation_batches(
             raise StopIteration
         ids = batches[index]
         boxes = () if config.eval_resize is None else central(config, split.sizes[ids])
-        given = (split.jpegs(ids), ids[:, None], *boxes)
+        given = (split.images(ids), ids[:, None], *boxes)
         ring.append((ids, given))
         return given
 
@@ -126,8 +126,13 @@ def _iterate(
         except StopIteration:
             return
         except RuntimeError:  # DALI does not say which image it could not decode
-            for ids, _ in recent:
-                split.check_bytes(ids)
+            for ids, given in recent:
+                for place in split.damaged(ids, given[0]):
+                    sample = int(ids[place])
+                    raise LonghaulError(
+                        f"{split.where(sample)}: the image {split.key(sample)} does not have the bytes that were "
+                        f"written: prepare the data set again."
+                    ) from None
             raise
         held.append(images)
         pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).to(device, torch.float32)

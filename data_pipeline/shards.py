@@ -1,25 +1,25 @@
-"""Arrow shards: the schema, the manifest, and zero-copy reading by sample id.
+"""Arrow shards: the schema and the manifest of a data set.
 
-A data set is a directory with `manifest.json` and, for each split, Arrow IPC files of one record batch each (so that a
-sample is a slice of one mapped buffer). A sample id is the sample's row, counted over the shards of its split.
+A data set is a directory with `manifest.json` and, for each split, an index and shards: Arrow IPC files of one record
+batch each, so that a sample is a slice of one mapped buffer. A sample id is the sample's row, counted over the shards
+of its split. The index repeats the small columns of all of them, so that whoever draws crop boxes need not touch, or
+even have, the shards.
 """
 
+import hashlib
 import json
-import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from configs import LonghaulError
 
-FORMAT = 1
+FORMAT = 2
 SCHEMA = pa.schema(
     [
-        pa.field("jpeg", pa.binary(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
         pa.field("label", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         pa.field("crc32", pa.uint32(), nullable=False),
     ]
 )
+INDEX_SCHEMA = pa.schema([SCHEMA.field(name) for name in ("label", "height", "width", "crc32")])
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,24 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set holds. `mean` and `std` are per channel over the training pixels, images in [0, 1]."""
+    """What a data set holds.
+
+    Attributes:
+        splits: the shards of each split, in the order of sample ids.
+        indexes: the index of each split.
+        mean, std: per channel over the training pixels, images in [0, 1].
+        encoding: what the column `image` holds: "jpeg", or "raw" for uint8 pixels [height, width, 3] (RGB).
+        quarantined: key and reason of each image that was left out.
+    """
 
     name: str
     classes: list[str]
     splits: dict[str, list[Shard]]
+    indexes: dict[str, Shard]
     mean: list[float]
     std: list[float]
     source: str
+    encoding: str = "jpeg"
     quarantined: list[dict[str, str]] = field(default_factory=list)
     format: int = FORMAT
 
@@ -77,78 +88,29 @@ class Manifest:
                     f"{path} has format {values['format']}, this version reads {FORMAT}: prepare the data set again."
                 )
             splits = {name: [Shard(**shard) for shard in shards] for name, shards in values.pop("splits").items()}
-            return cls(splits=splits, **values)
+            indexes = {name: Shard(**index) for name, index in values.pop("indexes").items()}
+            return cls(splits=splits, indexes=indexes, **values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LonghaulError(
                 f"{path} is not a manifest of Longhaul ({error}): prepare the data set again."
             ) from None
 
 
-class Split:
-    """Memory-mapped samples of one split.
-
-    Attributes:
-        labels: int32 [num_samples].
-        sizes: int32 [num_samples, 2], (height, width) of each image.
-    """
-
-    def __init__(self, directory: Path, name: str) -> None:
-        """Map the shards of split `name`; raises LonghaulError naming the first shard that cannot be read."""
-        self.manifest = Manifest.read(directory)
-        shards = self.manifest.splits.get(name, [])
-        if not shards:
-            raise LonghaulError(
-                f"{directory} has no split '{name}'; it has {', '.join(self.manifest.splits) or 'none'}."
-            )
-        self._paths = [directory / shard.file for shard in shards]
-        batches = [_open(path, shard.rows) for path, shard in zip(self._paths, shards, strict=True)]
-        self._offsets = [np.frombuffer(b.column(0).buffers()[1], np.int32)[: b.num_rows + 1] for b in batches]
-        self._values = [np.frombuffer(b.column(0).buffers()[2], np.uint8) for b in batches]
-        self._batches = batches
-        self._ends = np.cumsum([shard.rows for shard in shards])
-        self.labels: NDArray[np.int32] = np.concatenate([b.column(1).to_numpy() for b in batches])
-        heights = np.concatenate([b.column(2).to_numpy() for b in batches])
-        widths = np.concatenate([b.column(3).to_numpy() for b in batches])
-        self.sizes: NDArray[np.int32] = np.stack([heights, widths], axis=1)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def jpegs(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Views of the mapped JPEG bytes of samples: nothing is copied or read until the decoder touches it."""
-        views = []
-        for sample, shard in zip(ids.tolist(), np.searchsorted(self._ends, ids, side="right").tolist(), strict=True):
-            offsets = self._offsets[shard]
-            row = sample - (int(self._ends[shard]) - (len(offsets) - 1))
-            views.append(self._values[shard][offsets[row] : offsets[row + 1]])
-        return views
-
-    def key(self, sample: int) -> str:
-        """The name under which a sample was ingested."""
-        shard, row = self._find(sample)
-        return str(self._batches[shard].column(4)[row].as_py())
-
-    def check_bytes(self, ids: NDArray[np.int64]) -> None:
-        """Raise LonghaulError naming the first of these samples that has not the bytes it was ingested with."""
-        for sample, view in zip(ids.tolist(), self.jpegs(ids), strict=True):
-            shard, row = self._find(sample)
-            if zlib.crc32(view.data) != self._batches[shard].column(5)[row].as_py():
-                raise LonghaulError(
-                    f"{self._paths[shard]}: the image {self.key(sample)} does not have the bytes that were written: "
-                    f"prepare the data set again."
-                )
-
-    def _find(self, sample: int) -> tuple[int, int]:
-        """The shard and the row in it of a sample."""
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        return shard, sample - (int(self._ends[shard]) - self._batches[shard].num_rows)
+def write_batch(path: Path, batch: pa.RecordBatch) -> Shard:
+    """Write one Arrow IPC file of one record batch; returns its entry for the manifest."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(path.name, batch.num_rows, path.stat().st_size, digest)
 
 
-def _open(path: Path, rows: int) -> pa.RecordBatch:
+def map_batch(path: Path, schema: pa.Schema, rows: int) -> pa.RecordBatch:
+    """Map the record batch of a file that `write_batch` wrote; raises LonghaulError where it is not that."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batch = reader.get_batch(0)
-        if reader.schema != SCHEMA or reader.num_record_batches != 1 or batch.num_rows != rows:
+        if reader.schema != schema or reader.num_record_batches != 1 or batch.num_rows != rows:
             raise pa.ArrowInvalid("it does not hold the rows that the manifest promises")
         batch.validate(full=True)  # offsets and keys; the images' bytes are not read
     except (pa.ArrowException, OSError) as error:

@@ -30,8 +30,9 @@ from data_pipeline.augment import augment
 from data_pipeline.ingest import prepare
 from data_pipeline.loader import Batch, evaluation_batches, training_batches
 from data_pipeline.order import Order
-from data_pipeline.shards import Manifest, Split
+from data_pipeline.shards import Manifest
 from data_pipeline.sources import open_source
+from data_pipeline.split import Split
 from trainer.dealing import Work, deal
 
 PHOTOGRAPHS = Path(__file__).parent.parent.parent / "shared" / "data" / "imagenet-500.tar"
@@ -153,6 +154,7 @@ def test_the_manifest_read_back_is_the_manifest_returned_and_its_checksums_hold(
             data = (tmp_path / "out" / shard.file).read_bytes()
             assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     files = {shard.file for shards in manifest.splits.values() for shard in shards} | {"manifest.json"}
+    files |= {index.file for index in manifest.indexes.values()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}  # nothing unfinished is left
 
@@ -172,7 +174,7 @@ def test_the_digits_are_prepared_the_same_twice_and_are_scikit_learns(tmp_path: 
         for sample in range(0, len(split), 25):
             index = int(Path(split.key(sample)).stem)
             assert split.labels[sample] == digits.target[index]
-            shown = decode(split.jpegs(np.array([sample]))[0])[:, :, 0].astype(int)
+            shown = decode(split.images(np.array([sample]))[0])[:, :, 0].astype(int)
             assert np.abs(shown - digits.images[index] * 255 / 16).max() <= 3
 
 
@@ -249,7 +251,7 @@ def test_cmyk_and_a_png_under_a_jpegs_name_are_repaired_and_the_rest_is_kept_byt
     out = prepared(tmp_path, files)
     split = Split(out, "train")
     assert split.manifest.quarantined == []
-    for sample, jpeg in enumerate(split.jpegs(everything(split))):
+    for sample, jpeg in enumerate(split.images(everything(split))):
         key = split.key(sample)
         with Image.open(io.BytesIO(bytes(jpeg))) as opened:
             assert (opened.format, opened.mode) == ("JPEG", "L" if "grey" in key else "RGB"), key
@@ -389,12 +391,12 @@ def test_every_sample_is_read_back_by_id_across_the_borders_of_shards(tmp_path: 
     names = sorted(name for name in files if name.startswith("train"))
     assert keys(out, "train") == sorted(names, key=lambda name: tuple(name.split("/")))
     backwards = everything(split)[::-1]
-    for sample, jpeg in zip(backwards, split.jpegs(backwards), strict=True):
+    for sample, jpeg in zip(backwards, split.images(backwards), strict=True):
         assert bytes(jpeg) == files[split.key(sample)]
         assert not jpeg.flags.owndata  # a view of the mapped file
         assert split.labels[sample] == ("dog" in split.key(sample))
         assert tuple(split.sizes[sample]) == decode(jpeg).shape[:2]
-    split.check_bytes(backwards)
+    assert split.damaged(backwards, split.images(backwards)) == []
 
 
 def spoil_cut(path: Path) -> None:
@@ -474,7 +476,9 @@ def test_an_image_whose_bytes_changed_is_named_when_it_cannot_be_decoded(tmp_pat
     data[data.index(files["train/dog/2.jpg"])] ^= 0xFF  # JPEG's first byte
     path.write_bytes(data)
     split = Split(out, "train")
-    with pytest.raises(LonghaulError, match=r"train-00000\.arrow: the image train/dog/2\.jpg does not have the bytes"):
+    with pytest.raises(
+        LonghaulError, match=r"train-00000\.arrow, row 6: the image train/dog/2\.jpg does not have the bytes"
+    ):
         for _ in evaluation_batches(split, EVALUATION, [everything(split)], CPU, 1):
             pass
     order = Order(0, 8, 4, 4)
@@ -490,9 +494,9 @@ def test_an_image_whose_bytes_changed_is_named_when_it_cannot_be_decoded(tmp_pat
         ("[]", "is not a manifest"),
         ("3", "is not a manifest"),
         ("{}", "is not a manifest"),
-        ('{"format": 1}', "is not a manifest"),
-        ('{"format": 1, "splits": {"train": [{"file": "x"}]}}', "is not a manifest"),
-        ('{"format": 2, "shards": []}', "has format 2, this version reads 1"),
+        ('{"format": 2}', "is not a manifest"),
+        ('{"format": 2, "splits": {"train": [{"file": "x"}]}}', "is not a manifest"),
+        ('{"format": 1, "shards": []}', "has format 1, this version reads 2"),
     ],
 )
 def test_a_manifest_that_is_none_is_named(tmp_path: Path, text: str, told: str) -> None:
@@ -630,7 +634,7 @@ def test_batches_are_normalised_float32_with_channels_last_strides(square: Split
     assert batch.images.shape == (6, 3, 32, 32) and batch.images.dtype == torch.float32
     assert batch.images.device.type == batch.labels.device.type == device.type
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    pixels = np.stack([decode(jpeg) for jpeg in square.jpegs(batch.records[:, 1])]) / 255.0
+    pixels = np.stack([decode(jpeg) for jpeg in square.images(batch.records[:, 1])]) / 255.0
     expected = ((pixels - MEAN) / STD).transpose(0, 3, 1, 2)
     # On the CPU PIL and DALI decode with the same library; a GPU's decoder may round otherwise.
     atol = 1e-5 if device.type == "cpu" else 0.05
@@ -653,7 +657,7 @@ def test_a_pad_crop_is_numpys_to_the_bit(square: Split) -> None:
     found = samples(training_batches(square, config, Order(1, 24, 24, 12), Work(0, 8, range(2)), CPU, 1))
     assert len(found) == 8 * 24
     for (_, sample), (image, _, record) in found.items():
-        reference = pad_crop_reference(decode(square.jpegs(np.array([sample]))[0]), record)
+        reference = pad_crop_reference(decode(square.images(np.array([sample]))[0]), record)
         shown = as_bytes(torch.from_numpy(image)[None])[0]
         np.testing.assert_allclose(shown, reference, atol=1e-3)
     # The draw covered what matters: mirrored or not, and padding on each side.
@@ -725,7 +729,7 @@ def crop_differences(split: Split, device: torch.device, crop: Crop) -> list[flo
     differences = []
     for image, _, record in samples(training_batches(split, config, order, [(0, 0)], device, 1)).values():
         _, sample, y, x, height, width, flip = record
-        source = decode(split.jpegs(np.array([sample]))[0])
+        source = decode(split.images(np.array([sample]))[0])
         expected = resize_like_pil(source[y : y + height, x : x + width], 224, 224)
         differences.append(mean_difference(as_bytes(torch.from_numpy(image)[None])[0], expected[:, :: 1 - 2 * flip]))
     return differences
@@ -736,7 +740,7 @@ def evaluation_differences(split: Split, device: torch.device) -> list[float]:
     config = Input(size=224, mean=MEAN, std=STD, crop=ResizedCrop(), eval_resize=256)
     (batch,) = evaluation_batches(split, config, [everything(split)], device, 1)
     shown = as_bytes(batch.images)
-    sources = [decode(jpeg) for jpeg in split.jpegs(everything(split))]
+    sources = [decode(jpeg) for jpeg in split.images(everything(split))]
     return [mean_difference(a, torchvision_evaluation(b, 256, 224)) for a, b in zip(shown, sources, strict=True)]
 
 
@@ -765,7 +769,7 @@ def test_evaluation_looks_like_torchvisions(photos: Split, device: torch.device)
 def test_the_bound_on_evaluation_would_catch_a_shift_of_one_pixel_and_a_resize_without_antialias(
     photos: Split,
 ) -> None:
-    for jpeg in photos.jpegs(everything(photos)):
+    for jpeg in photos.images(everything(photos)):
         right = torchvision_evaluation(decode(jpeg), 256, 224)
         assert mean_difference(right[1:], right[:-1]) > 2 * BOUND["cpu"]
         shown = torch.from_numpy(decode(jpeg).copy()).permute(2, 0, 1)

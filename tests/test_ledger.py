@@ -13,8 +13,8 @@ from data_pipeline.augment import augment
 from data_pipeline.ingest import prepare
 from data_pipeline.loader import training_batches
 from data_pipeline.order import Order
-from data_pipeline.shards import Split
 from data_pipeline.sources import open_source
+from data_pipeline.split import Split
 from trainer import verify
 from trainer.dealing import Work, deal
 from trainer.group import Group, Rendezvous, join

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from configs import LonghaulError
 from configs.schema import Recipe
 from data_pipeline.loader import evaluation_batches
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 from trainer.engines import Engine
 from trainer.group import Group
 from trainer.ledger import sample_hashes

@@ -12,7 +12,7 @@ from configs import Duration, Recipe
 from data_pipeline.loader import Batch, training_batches
 from data_pipeline.order import Order
 from data_pipeline.philox import philox
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 from trainer.checkpoint import Checkpointer
 from trainer.dealing import Work, deal
 from trainer.engines import Engine

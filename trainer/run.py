@@ -14,7 +14,7 @@ import torch
 
 from configs import LonghaulError, Recipe
 from data_pipeline.order import Order
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 from trainer.checkpoint import Checkpointer, Saved, like, load, newest_valid, open_checkpoint, set_aside
 from trainer.engines import Engine, build_engine
 from trainer.evaluate import Score

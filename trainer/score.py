@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from configs import LonghaulError
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 from trainer.checkpoint import Saved, check, like, load, newest_valid, open_checkpoint
 from trainer.engines import build_engine
 from trainer.evaluate import Score, evaluate

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from configs import LonghaulError, Recipe
 from data_pipeline.augment import augment
 from data_pipeline.order import Order
-from data_pipeline.shards import Split
+from data_pipeline.split import Split
 from trainer.checkpoint import Saved, load, newest_valid
 from trainer.ledger import Ledger, micro_digest, sample_hashes
 from trainer.rundir import RunDirectory
