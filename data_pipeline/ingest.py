@@ -67,9 +67,8 @@ def prepare(
     """
     if out.exists():
         raise LonghaulError(f"{out} exists already: remove it, or give another --out.")
-    items = source.items()
-    classes = sorted({item.label for item in items})
-    index = {name: i for i, name in enumerate(classes)}
+    listing = source.listing()
+    items = listing.items
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -84,7 +83,7 @@ def prepare(
             try:
                 if isinstance(data, OSError):
                     raise data
-                row, pixels = _verify(item, data, index[item.label])
+                row, pixels = _verify(item, data)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 quarantined.append({"key": item.key, "reason": str(error)})
             else:
@@ -103,13 +102,13 @@ def prepare(
         raise LonghaulError(f"No image of '{source.name}' could be decoded; nothing was written.")
     mean, std = statistics.result()
     indexes = {split: _write_index(unfinished, split, shards) for split, shards in splits.items()}
-    manifest = Manifest(source.name, classes, splits, indexes, mean, std, source.name, quarantined=quarantined)
+    manifest = Manifest(source.name, listing.classes, splits, indexes, mean, std, source.name, quarantined=quarantined)
     manifest.write(unfinished)
     unfinished.rename(out)
     return manifest
 
 
-def _verify(item: Item, data: bytes, label: int) -> tuple[Row, np.ndarray]:
+def _verify(item: Item, data: bytes) -> tuple[Row, np.ndarray]:
     """Decode an image whole; re-encode what DALI would not take as it is (CMYK, PNG and others under a JPEG's name)."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
@@ -120,7 +119,7 @@ def _verify(item: Item, data: bytes, label: int) -> tuple[Row, np.ndarray]:
             image.convert("RGB").save(buffer, "JPEG", quality=95, subsampling=0)
             data = buffer.getvalue()
         width, height = image.size
-        return Row(data, label, height, width, item.key), np.asarray(image.convert("RGB"))
+        return Row(data, item.label, height, width, item.key), np.asarray(image.convert("RGB"))
 
 
 def _write_split(directory: Path, split: str, rows: Iterator[Row], shard_bytes: int) -> list[Shard]:

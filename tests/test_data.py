@@ -304,7 +304,7 @@ def test_what_an_archive_cannot_give_back_is_named_and_the_rest_is_kept(tmp_path
 def test_a_file_that_cannot_be_read_gives_its_error_and_the_next_ones_their_bytes(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree", small_tree(3))
     source = open_source(str(root), 0.0)
-    items = source.items()
+    items = source.listing().items
     (root / "train/cat/1.jpg").unlink()  # gone since it was listed; root may read anything, so chmod would not do
     read = list(source.read(items))
     assert [item.key for item, data in zip(items, read, strict=True) if isinstance(data, OSError)] == [
@@ -335,12 +335,12 @@ def test_a_tar_that_was_cut_short_is_refused_by_name(tmp_path: Path) -> None:
     for length in [512 * 6, *range(4_001, 8_000, 250)]:  # in a header, in an image, between the two
         path.write_bytes(whole[:length])
         with pytest.raises(LonghaulError, match=r"tree\.tar is not whole"):
-            open_source(str(path), 0.0).items()
+            open_source(str(path), 0.0).listing()
     damaged = bytearray(whole)
     damaged[whole.index(b"train/dog/0.jpg") + 150] ^= 0xFF  # the checksum of its header
     path.write_bytes(damaged)
     with pytest.raises(LonghaulError, match=r"tree\.tar is not whole"):
-        open_source(str(path), 0.0).items()
+        open_source(str(path), 0.0).listing()
 
 
 def test_an_existing_out_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -1,97 +1,27 @@
-"""Where images come from: the embedded digits, and class-per-folder trees in a directory, zip or tar file."""
+"""Class-per-folder trees in a directory, zip or tar file."""
 
-import io
 import os
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-import numpy as np
-from PIL import Image
-
 from configs import LonghaulError
+from data_pipeline.sources.base import Item, Listing
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "validation", "valid", "test")  # the first that is there
 
 
-@dataclass(frozen=True)
-class Item:
-    """One image to ingest: its split, class name, key (unique in the source) and where `Source.read` finds it."""
+class Files(Protocol):
+    """Named files: their sizes in bytes, and their contents."""
 
-    split: str
-    label: str
-    key: str
-    path: str
-
-
-class Source(Protocol):
-    """A list of items in a fixed order, and their bytes; an item that cannot be read gives the error in their place."""
-
-    name: str
-
-    def items(self) -> list[Item]: ...
-
-    def read(self, items: list[Item]) -> Iterator[bytes | OSError]: ...
-
-
-def open_source(source: str, holdout: float) -> Source:
-    """The source that `longhaul prepare SOURCE` means; raises LonghaulError where there is none."""
-    if source == "digits":
-        return Digits()
-    path = Path(source)
-    if path.is_dir():
-        return Tree(path.resolve().name, _DirectoryFiles(path), holdout)
-    if path.is_file() and zipfile.is_zipfile(path):
-        return Tree(path.stem, _ZipFiles(path), holdout)
-    if path.is_file() and tarfile.is_tarfile(path):
-        return Tree(path.stem, _TarFiles(path), holdout)
-    if path.is_file():
-        raise LonghaulError(f"{path} is neither a directory nor a zip or tar file of a class-per-folder tree.")
-    raise LonghaulError(
-        f"There is no {path}: give 'digits', or a directory, zip or tar file with a folder for each class."
-    )
-
-
-class Digits:
-    """scikit-learn's digits: 1,797 real 8x8 grey scans (Alpaydin & Kaynak 1998), every fifth of a class held out."""
-
-    name = "digits"
-
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        self._images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        self._labels = digits.target
-
-    def items(self) -> list[Item]:
-        seen = np.zeros(10, int)
-        items = []
-        for index, label in enumerate(self._labels):
-            split = "val" if seen[label] % 5 == 4 else "train"
-            seen[label] += 1
-            items.append(Item(split, str(label), f"{split}/{label}/{index:04d}.jpg", str(index)))
-        return items
-
-    def read(self, items: list[Item]) -> Iterator[bytes | OSError]:
-        for item in items:
-            buffer = io.BytesIO()
-            # 4:4:4 at quality 100: an 8x8 image is a single block, so nothing of note is lost.
-            Image.fromarray(self._images[int(item.path)]).convert("RGB").save(
-                buffer, "JPEG", quality=100, subsampling=0
-            )
-            yield buffer.getvalue()
-
-
-class _Files(Protocol):
-    def names(self) -> list[str]: ...
+    def sizes(self) -> dict[str, int]: ...
 
     def read(self, names: list[str]) -> Iterator[bytes | OSError]: ...
 
@@ -104,26 +34,26 @@ def _attempt(read: Callable[[], bytes]) -> bytes | OSError:
         return OSError(str(error))
 
 
-class _DirectoryFiles:
+class DirectoryFiles:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def names(self) -> list[str]:
+    def sizes(self) -> dict[str, int]:
         # Links to folders are followed: subsets of ImageNet are often made of them.
         paths = (Path(folder, file) for folder, _, files in os.walk(self._root, followlinks=True) for file in files)
-        return [path.relative_to(self._root).as_posix() for path in paths if path.is_file()]
+        return {path.relative_to(self._root).as_posix(): path.stat().st_size for path in paths if path.is_file()}
 
     def read(self, names: list[str]) -> Iterator[bytes | OSError]:
         return (_attempt((self._root / name).read_bytes) for name in names)
 
 
-class _ZipFiles:
+class ZipFiles:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def names(self) -> list[str]:
+    def sizes(self) -> dict[str, int]:
         with zipfile.ZipFile(self._path) as archive:
-            return [info.filename for info in archive.infolist() if not info.is_dir()]
+            return {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
 
     def read(self, names: list[str]) -> Iterator[bytes | OSError]:
         with zipfile.ZipFile(self._path) as archive:
@@ -131,20 +61,20 @@ class _ZipFiles:
                 yield _attempt(partial(archive.read, name))
 
 
-class _TarFiles:
+class TarFiles:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def names(self) -> list[str]:
+    def sizes(self) -> dict[str, int]:
         try:
             with tarfile.open(self._path) as archive:
-                names = [member.name for member in archive if member.isfile()]
+                sizes = {member.name: member.size for member in archive if member.isfile()}
                 # tarfile takes a header that is damaged or cut short for the end, which is a block of zeros.
                 assert archive.fileobj is not None
                 archive.fileobj.seek(archive.offset)
                 if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("its end is missing")
-                return names
+                return sizes
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise LonghaulError(f"{self._path} is not whole ({error}): fetch or make it again.") from None
 
@@ -162,21 +92,33 @@ class _TarFiles:
         return file.read()
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A file of a class: its split, class name, key, name in the source and size."""
+
+    split: str
+    label: str
+    key: str
+    path: str
+    size: int
+
+
 class Tree:
     """A class-per-folder tree. `train/` and `val/` (or, where there is none, `test/`) at the top become splits;
     otherwise all is for training but the share `holdout`, taken evenly from every class. A class is the topmost folder
     of its images, as for torchvision's ImageFolder; hidden files and folders are passed over."""
 
-    def __init__(self, name: str, files: _Files, holdout: float) -> None:
+    def __init__(self, name: str, files: Files, holdout: float) -> None:
         self.name = name
         self._files = files
         self._holdout = holdout
 
-    def items(self) -> list[Item]:
+    def listing(self) -> Listing:
+        sizes = self._files.sizes()
         # (normalised parts, name in the source), in an order that does not depend on how the source lists its files
         found = sorted(
             (PurePosixPath(name).parts, name)
-            for name in self._files.names()
+            for name in sizes
             if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(name)
         )
         while len({parts[0] for parts, _ in found}) == 1 and any(len(parts) > 2 for parts, _ in found):
@@ -188,26 +130,28 @@ class Tree:
         if tops & set(_TRAIN_NAMES):
             held_out = [name for name in _VAL_NAMES if name in tops][:1]
             splits = dict.fromkeys(_TRAIN_NAMES, "train") | dict.fromkeys(held_out, "val")
-        items = [item for parts, name in found if (item := _item(parts, name, splits)) is not None]
-        if not any(item.split == "train" for item in items):
+        files = [file for parts, name in found if (file := _file(parts, name, sizes[name], splits)) is not None]
+        if not any(file.split == "train" for file in files):
             raise LonghaulError(
                 f"No training images in '{self.name}': it needs a folder for each class "
                 f"(CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg)."
             )
-        if splits and any(item.split == "val" for item in items):
-            return items
-        return _hold_out(items, self._holdout)
+        if not splits or not any(file.split == "val" for file in files):
+            files = _hold_out(files, self._holdout)
+        classes = sorted({file.label for file in files})
+        index = {name: i for i, name in enumerate(classes)}
+        return Listing(classes, [Item(f.split, index[f.label], f.key, f.path, f.size) for f in files])
 
     def read(self, items: list[Item]) -> Iterator[bytes | OSError]:
         return self._files.read([item.path for item in items])
 
 
-def _item(parts: tuple[str, ...], name: str, splits: dict[str, str]) -> Item | None:
-    """The item of a file, or None for one that lies outside the classes; `splits` is empty for a plain tree."""
+def _file(parts: tuple[str, ...], name: str, size: int, splits: dict[str, str]) -> _Found | None:
+    """A file, or None where it lies outside the classes; `splits` is empty for a plain tree."""
     if not splits:
-        return Item("train", parts[0], "/".join(parts), name) if len(parts) > 1 else None
+        return _Found("train", parts[0], "/".join(parts), name, size) if len(parts) > 1 else None
     split = splits.get(parts[0].lower())
-    return Item(split, parts[1], "/".join(parts), name) if split is not None and len(parts) > 2 else None
+    return _Found(split, parts[1], "/".join(parts), name, size) if split is not None and len(parts) > 2 else None
 
 
 def _is_hidden(name: str) -> bool:
@@ -215,12 +159,12 @@ def _is_hidden(name: str) -> bool:
     return any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in PurePosixPath(name).parts)
 
 
-def _hold_out(items: list[Item], share: float) -> list[Item]:
+def _hold_out(files: list[_Found], share: float) -> list[_Found]:
     seen: dict[str, int] = {}
     result = []
-    for item in items:
-        index = seen.get(item.label, 0)
-        seen[item.label] = index + 1
+    for file in files:
+        index = seen.get(file.label, 0)
+        seen[file.label] = index + 1
         held = int((index + 1) * share + 1e-9) > int(index * share + 1e-9)
-        result.append(Item("val" if held else item.split, item.label, item.key, item.path))
+        result.append(replace(file, split="val") if held else file)
     return result

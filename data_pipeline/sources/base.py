@@ -1,0 +1,47 @@
+"""What a source of images is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image to ingest.
+
+    Attributes:
+        split: "train" or "val".
+        label: index into the classes of the listing.
+        key: its name for people, unique in the source.
+        path: where `Source.read` finds it.
+        size: bytes in the source, or an estimate; shards are cut by it.
+    """
+
+    split: str
+    label: int
+    key: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Everything in a source: `classes` in the order of labels, `items` in an order that depends on nothing else."""
+
+    classes: list[str]
+    items: list[Item]
+
+
+class Source(Protocol):
+    """A set of images. It can be pickled, so that several processes may read parts of it."""
+
+    name: str
+
+    def listing(self) -> Listing:
+        """What is there; raises LonghaulError where it cannot be listed."""
+        ...
+
+    def read(self, items: list[Item]) -> Iterator[bytes | OSError]:
+        """The encoded images of some of the listing's items, in order; an error in the place of one that cannot be
+        read."""
+        ...
