@@ -100,6 +100,9 @@ class Input(Section):
 
     Evaluation takes the central `size` x `size` crop of the image whose shorter side was resized to
     `eval_resize`; null means that images already have the right size.
+
+    `damaged` says what to do with a training image whose bytes are no longer those that were ingested: "fail", or
+    "substitute" the next sound one, which is recorded. A score is never taken of a substitute.
     """
 
     size: PositiveInt
@@ -109,6 +112,7 @@ class Input(Section):
     flip: bool = True
     pca_colour: NonNegativeFloat = 0.0
     eval_resize: PositiveInt | None = None
+    damaged: Literal["fail", "substitute"] = "fail"
 
     @model_validator(mode="after")
     def _resize_covers_the_crop(self) -> "Input":

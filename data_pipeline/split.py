@@ -16,6 +16,7 @@ class Split:
     """Memory-mapped samples of one split. What grows with the number of samples is mapped, not in memory.
 
     Attributes:
+        directory: of the data set.
         manifest: of the whole data set.
         labels: int32 [num_samples].
         sizes: int32 [num_samples, 2], (height, width) of each image.
@@ -25,7 +26,7 @@ class Split:
     def __init__(self, directory: Path, name: str) -> None:
         """Map the index of split `name`; raises LonghaulError naming the first file that is missing or not whole."""
         self.manifest = Manifest.read(directory)
-        self._directory = directory
+        self.directory = directory
         self._shards = self.manifest.splits.get(name, [])
         if not self._shards:
             raise LonghaulError(
@@ -45,9 +46,15 @@ class Split:
         return int(self.shard_ends[-1])
 
     def images(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Views of the mapped bytes of samples: nothing is copied or read until the decoder touches it."""
+        """Views of the mapped bytes of samples: nothing is copied or read until the decoder touches it.
+
+        Each is uint8: [bytes] of a JPEG, or pixels [height, width, 3] where the data set holds those.
+        """
         shards = np.searchsorted(self.shard_ends, ids, side="right")
-        return [self._mapped[shard].image(sample) for sample, shard in zip(ids.tolist(), shards.tolist(), strict=True)]
+        views = [self._mapped[shard].image(sample) for sample, shard in zip(ids.tolist(), shards.tolist(), strict=True)]
+        if self.manifest.encoding == "raw":
+            return [view.reshape(*size, 3) for view, size in zip(views, self.sizes[ids].tolist(), strict=True)]
+        return views
 
     def key(self, sample: int) -> str:
         """The name under which a sample was ingested."""
@@ -58,15 +65,15 @@ class Split:
         return int(np.searchsorted(self.shard_ends, sample, side="right"))
 
     def where(self, sample: int) -> str:
-        """The shard and the row of a sample, for people."""
+        """The shard, the row and the key of a sample, for people."""
         shard = self.shard_of(sample)
         row = sample - int(self.shard_ends[shard]) + self._shards[shard].rows
-        return f"{self._directory / self._shards[shard].file}, row {row}"
+        return f"{self.directory / self._shards[shard].file}, row {row} ({self.key(sample)})"
 
     def damaged(self, ids: NDArray[np.int64], views: list[NDArray[np.uint8]]) -> list[int]:
         """The places in `ids` of the samples whose bytes, `views`, are not those that were ingested."""
         crcs = self._crcs[ids]
-        return [i for i, view in enumerate(views) if isal_zlib.crc32(view.data) != crcs[i]]
+        return [i for i, view in enumerate(views) if isal_zlib.crc32(view) != crcs[i]]
 
 
 class _Mapped:

@@ -12,13 +12,14 @@ from configs import Duration, Recipe
 from data_pipeline.loader import Batch, training_batches
 from data_pipeline.order import Order
 from data_pipeline.philox import philox
+from data_pipeline.records import substitutes
 from data_pipeline.split import Split
 from trainer.checkpoint import Checkpointer
 from trainer.dealing import Work, deal
 from trainer.engines import Engine
 from trainer.evaluate import Score, evaluate
 from trainer.group import Group
-from trainer.ledger import Recorder
+from trainer.ledger import Ledger, Recorder
 from trainer.progress import Window, is_due
 from trainer.schedules import learning_rate, total_steps
 from trainer.stopping import Agreement, StopRequests
@@ -63,7 +64,7 @@ class Loop:
             for micro in micros:
                 batch = self._load(batches)
                 self._forward_backward(batch, micro, last=micro == micros[-1])
-                self.recorder.record(self.step, micro, batch.records)
+                self._record(micro, batch)
             self._update()
             stop = agreement.answer()
             finished = self.step == total
@@ -96,6 +97,10 @@ class Loop:
         seed = forward_seed(self.recipe.seed, self.step, micro)
         self.window.add(self.engine.forward_backward(batch.images, batch.labels, seed, micro == 0, last))
 
+    def _record(self, micro: int, batch: Batch) -> None:
+        self.recorder.record(self.step, micro, batch.records)
+        self.window.num_substitutes += len(substitutes(batch.records))
+
     def _update(self) -> None:
         self.engine.update(learning_rate(self.recipe, len(self.train_split), self.step))
         self.step += 1
@@ -123,8 +128,9 @@ class Loop:
         began = time.monotonic()
         self.engine.synchronise_buffers()
         ledger = self.recorder.merge(self.order, self.step, self.group)
-        state = training_state(self.engine, self.step, ledger.steps, ledger.epochs)
-        self.checkpointer.save(self.step, state, {"epoch": self.order.epoch_of(self.step)})
+        state = training_state(self.engine, self.step, ledger)
+        extra = {"epoch": self.order.epoch_of(self.step), "num_substitutes": len(ledger.substitutes)}
+        self.checkpointer.save(self.step, state, extra)
         stall = time.monotonic() - began
         self.window.paused_seconds += stall
         self.telemetry.event("checkpoint_started", step=self.step, stall_seconds=round(stall, 4))
@@ -133,17 +139,10 @@ class Loop:
         return is_due(every, self.step, self.recipe.batch.size, len(self.train_split))
 
 
-def training_state(
-    engine: Engine, step: int, ledger_steps: torch.Tensor, ledger_epochs: torch.Tensor
-) -> dict[str, Any]:
+def training_state(engine: Engine, step: int, ledger: Ledger) -> dict[str, Any]:
     """Everything that decides the future of a run, as tensors by name. No generator's state is among it: every random
     number is a function of the seed and of where it is used."""
-    return {
-        **engine.export_state(),
-        "ledger.steps": ledger_steps,
-        "ledger.epochs": ledger_epochs,
-        "progress.step": torch.tensor(step, dtype=torch.int64),
-    }
+    return {**engine.export_state(), **ledger.state(), "progress.step": torch.tensor(step, dtype=torch.int64)}
 
 
 def forward_seed(seed: int, step: int, micro: int) -> int:

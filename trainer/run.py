@@ -21,7 +21,7 @@ from trainer.evaluate import Score
 from trainer.group import Group, Rendezvous, join, pick_device
 from trainer.job import Job
 from trainer.ledger import Ledger, Recorder
-from trainer.loop import Loop, training_state
+from trainer.loop import Loop
 from trainer.memory import keep_freed_memory
 from trainer.rundir import RunDirectory, settle_recipe, write_atomically
 from trainer.stopping import StopRequests
@@ -139,12 +139,12 @@ class _Worker:
         self.group.barrier()
 
     def _restore(self, saved: Saved | None) -> Ledger:
-        ledger = Ledger.empty(self.order, 0 if saved is None else saved.step)
-        if saved is not None:
-            state = like(training_state(self.engine, saved.step, ledger.steps, ledger.epochs))
-            load(saved, state, self.group)
-            self.engine.import_state(state)
-            ledger = Ledger(state["ledger.steps"], state["ledger.epochs"])
+        if saved is None:
+            return Ledger.empty(self.order, 0)
+        ledger = Ledger.empty(self.order, saved.step, saved.manifest["num_substitutes"])
+        state = like(self.engine.export_state())
+        load(saved, {**state, **ledger.state()}, self.group)
+        self.engine.import_state(state)
         return ledger
 
 
