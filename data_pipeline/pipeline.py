@@ -126,7 +126,8 @@ def _resized(images: Any, sizes: Any, flips: Any, resizer: Resizer | None) -> An
     """Antialiased, in training and evaluation alike, or accuracy falls by points. `flips` None: nothing is mirrored."""
     if resizer is not None:
         given = () if flips is None else (flips,)
-        return fn.python_function(images, sizes, *given, function=resizer, batch_processing=True)
+        rows = fn.python_function(images, sizes, *given, function=resizer, batch_processing=True)
+        return fn.reshape(rows, shape=fn.cat(sizes, np.array([3], np.int32)))
     size = fn.cast(sizes, dtype=DALIDataType.FLOAT)
     images = fn.resize(images, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
     return images if flips is None else fn.flip(images, horizontal=flips)

@@ -28,7 +28,10 @@ class Resizer:
         sizes: list[NDArray[np.int32]],
         flips: list[NDArray[np.int32]] | None = None,
     ) -> list[NDArray[np.uint8]]:
-        """Resize each image, uint8 [height, width, 3], to its size (height, width); mirror it where its flip is 1."""
+        """Resize each image, uint8 [height, width, 3], to its size (height, width); mirror it where its flip is 1.
+
+        Gives uint8 [height, 3 * width]: DALI copies what it is given a last dimension at a time, and pixels are short.
+        """
         resized: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(images)
 
         def share(first: int) -> None:
@@ -45,7 +48,7 @@ def _resize(image: NDArray[np.uint8], size: list[int], flip: bool) -> NDArray[np
         planes = _antialiased_bilinear(planes, size, False)
     if flip:
         planes = planes.flip(3)
-    return planes[0].permute(1, 2, 0).numpy()
+    return planes[0].permute(1, 2, 0).reshape(size[0], 3 * size[1]).numpy()
 
 
 def _single_threaded_workers(number: int) -> ThreadPoolExecutor:
