@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,10 +13,23 @@ from configs import LonghaulError
 from configs.schema import Input, PadCrop
 from data_pipeline.augment import augment, central
 from data_pipeline.feed import Feed, Sound, sound
-from data_pipeline.order import Order
-from data_pipeline.pipeline import evaluation_pipeline, first_undecodable, options, training_pipeline
+from data_pipeline.pipeline import decoded_shapes, evaluation_pipeline, options, training_pipeline
 from data_pipeline.records import EPOCH, SHOWN, training_records
 from data_pipeline.split import Split
+
+
+class Stream(Protocol):
+    """The order of samples, as the loader needs it (`data_pipeline.order`)."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def micro_size(self) -> int: ...
+
+    def micro_batch(self, step: int, micro: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(epochs, sample ids) of a micro-batch, each int64 [micro_size]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Batch:
 def training_batches(
     split: Split,
     config: Input,
-    order: Order,
+    order: Stream,
     work: Sequence[tuple[int, int]],
     device: torch.device,
     threads: int,
@@ -133,10 +146,12 @@ def _run(pipeline: Any, feed: Feed, split: Split) -> Iterator[tuple[torch.Tensor
 
 def _name_undecodable(feed: Feed, split: Split) -> None:
     given = feed.recent()
-    culprit = first_undecodable([image for _, image in given])
-    if culprit is not None:
+    shapes = decoded_shapes([image for _, image in given], threads=1)
+    for (sample, _), shape in zip(given, shapes, strict=True):
+        if shape is not None:
+            continue
         raise LonghaulError(
-            f"{split.where(given[culprit][0])} has the bytes that were written, but DALI cannot decode it: "
+            f"{split.where(sample)} has the bytes that were written, but DALI cannot decode it: "
             f"leave the image out and prepare the data set again."
         ) from None
 

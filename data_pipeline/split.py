@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ class Split:
         manifest: of the whole data set.
         labels: int32 [num_samples].
         sizes: int32 [num_samples, 2], (height, width) of each image.
+        crcs: uint32 [num_samples], CRC-32 of each image's bytes.
         shard_ends: int64 [num_shards], the number of samples in the shards up to and including each.
     """
 
@@ -35,7 +37,7 @@ class Split:
         index = _open_index(directory, self.manifest.indexes[name])
         self.labels: NDArray[np.int32] = index.column("label").to_numpy()
         self.sizes: NDArray[np.int32] = np.stack([index.column(c).to_numpy() for c in ("height", "width")], axis=1)
-        self._crcs: NDArray[np.uint32] = index.column("crc32").to_numpy()
+        self.crcs: NDArray[np.uint32] = index.column("crc32").to_numpy()
         self.shard_ends = np.cumsum([shard.rows for shard in self._shards])
         firsts = (self.shard_ends - [shard.rows for shard in self._shards]).tolist()
         self._mapped = [
@@ -70,9 +72,19 @@ class Split:
         row = sample - int(self.shard_ends[shard]) + self._shards[shard].rows
         return f"{self.directory / self._shards[shard].file}, row {row} ({self.key(sample)})"
 
+    def unlike_index(self) -> list[int]:
+        """The samples of which a shard says something else than the index."""
+        unlike: list[int] = []
+        for mapped in self._mapped:
+            ids = mapped.ids()
+            said = [mapped.column(name) for name in INDEX_SCHEMA.names]
+            expected = [self.labels[ids], self.sizes[ids, 0], self.sizes[ids, 1], self.crcs[ids]]
+            unlike += ids[np.any([a != b for a, b in zip(said, expected, strict=True)], axis=0)].tolist()
+        return unlike
+
     def damaged(self, ids: NDArray[np.int64], views: list[NDArray[np.uint8]]) -> list[int]:
         """The places in `ids` of the samples whose bytes, `views`, are not those that were ingested."""
-        crcs = self._crcs[ids]
+        crcs = self.crcs[ids]
         return [i for i, view in enumerate(views) if isal_zlib.crc32(view) != crcs[i]]
 
 
@@ -88,6 +100,12 @@ class _Mapped:
     def image(self, sample: int) -> NDArray[np.uint8]:
         row = sample - self._first
         return self._values[self._offsets[row] : self._offsets[row + 1]]
+
+    def ids(self) -> NDArray[np.int64]:
+        return np.arange(self._first, self._first + self._batch.num_rows)
+
+    def column(self, name: str) -> NDArray[Any]:
+        return self._batch.column(name).to_numpy()
 
     def key(self, sample: int) -> str:
         return str(self._batch.column("key")[sample - self._first].as_py())

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs import LonghaulError, list_recipes, load_recipe
+from launch import data as data_commands
 
 console = Console(soft_wrap=True)
 app = typer.Typer(
@@ -20,6 +21,8 @@ app = typer.Typer(
     help="Longhaul trains ResNets on ImageNet: [bold]a run is a function of its recipe and seed, "
     "not of the cluster it ran on.[/bold]",
 )
+
+app.add_typer(data_commands.app, name="data")
 
 RunsOption = Annotated[
     Path,

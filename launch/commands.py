@@ -12,18 +12,10 @@ from types import FrameType
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
 from configs import LonghaulError, Recipe
 from data_pipeline.shards import Manifest
+from launch.tables import bar, findings_table
 from launch.view import View, shown_path
 from trainer.job import Job
 from trainer.rundir import RunDirectory, settle_recipe
@@ -34,12 +26,12 @@ def prepare_data(console: Console, source: str, out: Path, holdout: float) -> No
     from data_pipeline.ingest import prepare
     from data_pipeline.sources import open_source
 
-    with _progress(console) as bar:
-        task = bar.add_task("images", total=None)
+    with bar(console) as progress:
+        task = progress.add_task("images", total=None)
         manifest = prepare(
             open_source(source, holdout),
             out,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     counts = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
     console.print(f"{out}: {counts}; {len(manifest.classes):,} classes; mean {manifest.mean}, std {manifest.std}")
@@ -253,15 +245,10 @@ def verify_run(console: Console, name: str, data: Path | None, runs: Path) -> No
     from trainer.verify import verify
 
     run = find_run(name, runs)
-    with _progress(console) as bar:
-        task = bar.add_task("steps", total=None)
-        findings = verify(run, data, lambda done, total: bar.update(task, completed=done, total=total))
-    table = Table(show_header=False, box=None)
-    for _ in range(3):
-        table.add_column(overflow="fold")
-    for finding in findings:
-        table.add_row("[green]yes" if finding.holds else "[bold red]NO", finding.what, finding.figures)
-    console.print(table)
+    with bar(console) as progress:
+        task = progress.add_task("steps", total=None)
+        findings = verify(run, data, lambda done, total: progress.update(task, completed=done, total=total))
+    console.print(findings_table(findings))
     if not all(finding.holds for finding in findings):
         raise typer.Exit(1)
 
@@ -271,15 +258,3 @@ def report_run(console: Console, name: str, runs: Path) -> None:
     from trainer.report import write_report
 
     console.print(shown_path(write_report(find_run(name, runs))), highlight=False)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TaskProgressColumn(show_speed=True),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

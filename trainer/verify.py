@@ -1,7 +1,6 @@
 """`longhaul verify`: proof, from a run's newest checkpoint, that every epoch used every sample exactly once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +8,13 @@ from numpy.typing import NDArray
 
 from configs import LonghaulError, Recipe
 from data_pipeline.augment import augment
+from data_pipeline.findings import Finding
 from data_pipeline.order import Order
 from data_pipeline.records import training_records
 from data_pipeline.split import Split
 from trainer.checkpoint import Saved, load, newest_valid
 from trainer.ledger import Ledger, micro_digest, sample_hashes
 from trainer.rundir import RunDirectory
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was checked, whether it held, and the figures it rests on."""
-
-    what: str
-    holds: bool
-    figures: str
 
 
 def verify(
