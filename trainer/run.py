@@ -52,7 +52,7 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
         torch.set_num_threads(threads)
         train_split, val_split = _together(group, lambda: _open_splits(job.data))
         engine = _together(group, lambda: _build(recipe, len(train_split.manifest.classes), group))
-        gc.freeze()  # what was made until here is no garbage; looking through it again and again costs a tenth of decoding
+        gc.freeze()  # what was made until here is no garbage: the collector need not look through it again and again
         return _Worker(job, recipe, group, requests, engine, train_split, val_split, threads).run()
 
 
