@@ -102,7 +102,7 @@ class Input(Section):
     `eval_resize`; null means that images already have the right size.
 
     `damaged` says what to do with a training image whose bytes are no longer those that were ingested: "fail", or
-    "substitute" the next sound one, which is recorded. A score is never taken of a substitute.
+    "substitute" another, which is recorded. A score is never taken of a substitute.
     """
 
     size: PositiveInt

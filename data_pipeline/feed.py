@@ -3,17 +3,20 @@
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs import LonghaulError
+from data_pipeline.philox import uniforms
 from data_pipeline.pipeline import PREFETCH
 from data_pipeline.split import Split
 
 _AHEAD = 3  # batches; checking them also brings them into memory from the disk
+_TRIES = 1_000
+_SUBSTITUTE = 0xFFF0  # a purpose of `philox.uniforms`, apart from those of `augment`
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Sound:
 
 
 def sound(split: Split, ids: NDArray[np.int64], damaged: Literal["fail", "substitute"]) -> Sound:
-    """Check samples against their checksums. One that is damaged raises LonghaulError, or is replaced by the next sound
-    one of the split, which is the same whoever looks."""
+    """Check samples against their checksums. One that is damaged raises LonghaulError, or is replaced by a sound one:
+    the first of a pseudo-random sequence that its id gives, so that it is the same whoever looks."""
     found = Sound(ids, split.images(ids))
     bad = split.damaged(ids, found.images)
     if not bad:
@@ -39,20 +42,21 @@ def sound(split: Split, ids: NDArray[np.int64], damaged: Literal["fail", "substi
     if damaged == "fail":
         raise LonghaulError(
             f"{split.where(int(ids[bad[0]]))} does not have the bytes that were written: prepare the data set "
-            f"again, or set input.damaged=substitute to go on with the next sample in its place."
+            f"again, or set input.damaged=substitute to go on with another sample in its place."
         )
     shown = ids.copy()
     for place in bad:
-        shown[place] = _next_sound(split, int(ids[place]))
-    return replace(found, ids=shown, images=split.images(shown))
+        shown[place] = _substitute(split, int(ids[place]))
+    return Sound(shown, split.images(shown))
 
 
-def _next_sound(split: Split, sample: int) -> int:
-    for step in range(1, len(split)):
-        candidate = np.array([(sample + step) % len(split)])
+def _substitute(split: Split, sample: int) -> int:
+    for attempt in range(_TRIES):
+        drawn = uniforms(0, attempt, np.array([sample], np.uint64), _SUBSTITUTE)[0, 0]
+        candidate = np.array([int(drawn * len(split))])
         if not split.damaged(candidate, split.images(candidate)):
             return int(candidate[0])
-    raise LonghaulError(f"No sample of {split.directory} has the bytes that were written: prepare the data set again.")
+    raise LonghaulError(f"Hardly a sample of {split.directory} has the bytes that were written: prepare it again.")
 
 
 class Feed:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from configs import LonghaulError
 from configs.schema import Input, PadCrop
 from data_pipeline.augment import augment, central
+from data_pipeline.buffers import Buffers
 from data_pipeline.feed import Feed, Sound, sound
 from data_pipeline.pipeline import decoded_shapes, evaluation_pipeline, options, training_pipeline
 from data_pipeline.records import EPOCH, SHOWN, training_records
@@ -76,8 +77,9 @@ def training_batches(
 
     feed = Feed(len(work), prepare)
     pipeline = training_pipeline(config, feed, **_options(split, order.micro_size, device, threads))
+    buffers = Buffers()
     for images, records in _run(pipeline, feed, split):
-        pixels = normalised(images.to(device), config, shifts(records))
+        pixels = normalised(images.to(device), config, buffers, shifts(records))
         yield Batch(pixels, _labels(split, records[:, SHOWN], device), records)
 
 
@@ -95,8 +97,9 @@ def evaluation_batches(
     feed = Feed(len(batches), prepare)
     largest = max((len(ids) for ids in batches), default=1)
     pipeline = evaluation_pipeline(config, feed, **_options(split, largest, device, threads))
+    buffers = Buffers()
     for images, records in _run(pipeline, feed, split):
-        yield Batch(normalised(images.to(device), config), _labels(split, records[:, 0], device), records)
+        yield Batch(normalised(images.to(device), config, buffers), _labels(split, records[:, 0], device), records)
 
 
 def check_sizes(split: Split, config: Input) -> None:
@@ -111,7 +114,9 @@ def check_sizes(split: Split, config: Input) -> None:
             )
 
 
-def normalised(images: torch.Tensor, config: Input, shifts: NDArray[np.float32] | None = None) -> torch.Tensor:
+def normalised(
+    images: torch.Tensor, config: Input, buffers: Buffers, shifts: NDArray[np.float32] | None = None
+) -> torch.Tensor:
     """uint8 [n, height, width, 3] as float32 [n, 3, height, width], channels-last, with the recipe's mean and standard
     deviation; `shifts`, float32 [n, 3], is added to images in [0, 1] before."""
     n, height, width, _ = images.shape
@@ -120,7 +125,8 @@ def normalised(images: torch.Tensor, config: Input, shifts: NDArray[np.float32] 
     if shifts is not None:
         offset = offset + 255 * torch.from_numpy(shifts) * scale
     # A row at a time, as one vector: broadcasting over three channels would leave vector units idle.
-    rows = images.reshape(n, height, 3 * width).to(torch.float32)
+    whole = images.reshape(n, height, 3 * width)
+    rows = buffers.take(tuple(whole.shape)).copy_(whole) if images.device.type == "cpu" else whole.to(torch.float32)
     scales, offsets = scale.repeat(width).to(images.device), offset.repeat(1, width)[:, None].to(images.device)
     torch.addcmul(offsets, rows, scales, out=rows)
     return rows.view(n, height, width, 3).permute(0, 3, 1, 2)
