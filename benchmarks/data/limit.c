@@ -71,6 +71,15 @@ static worker_t *new_worker(void) {
     return w;
 }
 
+static void free_worker(worker_t *w) {
+    jpeg_destroy_decompress(&w->decoder);
+    free(w->columns.weights);
+    free(w->rows.weights);
+    free(w->decoded);
+    free(w->ring);
+    free(w);
+}
+
 static size_t decoded_stride(int width) { return (4 * ((size_t)width + PAD) + 31) & ~(size_t)31; }
 
 /* Rows that vertical sums may still need, and room for the rows that come with them. */
@@ -196,7 +205,7 @@ static void *run(void *argument) {
         unsigned char *out = job.batches[n / job.batch % BATCHES] + (size_t)(n % job.batch) * image_bytes;
         process(w, &job.jpegs[id], job.work, job.floats, box, out);
     }
-    jpeg_destroy_decompress(&w->decoder);
+    free_worker(w);
     return NULL;
 }
 
@@ -257,6 +266,8 @@ static void read_list(const char *path) {
         job.order[other] = n;
     }
     fclose(file);
+    free(line);
+    free_worker(w);
 }
 
 static enum work parse_work(const char *name) {
