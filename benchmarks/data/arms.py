@@ -67,8 +67,10 @@ PEERS = (
     ),
 )  # fmt: skip
 
-# Longhaul's own arms: Arm("Longhaul, ...", "ours", ("--variant", ...), "ours") for a module benchmarks/data/ours.py
-# that takes `peers.common.arguments()` and calls `peers.common.measure()`, as every peer does.
-OURS: tuple[Arm, ...] = ()
+OURS = (
+    Arm("Longhaul", "ours", ("--variant", "original"), "ours"),
+    Arm("Longhaul, 500-q90", "ours", ("--variant", "500-q90"), "ours", "500-q90", times=2),
+    Arm("Longhaul, raw 256", "ours", ("--variant", "raw-256"), "ours", "raw-256", times=2),
+)
 
 ARMS = (*OURS, *PEERS, *LIMIT)
