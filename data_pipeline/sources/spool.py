@@ -54,7 +54,7 @@ def unpack(store: Store, name: str) -> Spool:
         try:
             with opener(file) as stream:
                 spool.fill(stream)
-        except (OSError, EOFError, zlib.error, igzip_lib.IsalError, lzma.LZMAError) as error:
+        except (OSError, EOFError, zlib.error, igzip_lib.IsalError, lzma.LZMAError) as error:  # type: ignore[misc]  # isal's stub
             if isinstance(error, OSError) and error.errno is not None:  # no room
                 raise LonghaulError(
                     f"{store.locate(name)} cannot be unpacked into {tempfile.gettempdir()} ({error.strerror}): "

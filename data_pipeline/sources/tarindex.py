@@ -8,6 +8,7 @@ from data_pipeline.sources.storage import ReadAt
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
+_REGULAR = frozenset(b"\x0007")
 _WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, pipes
 
 
@@ -64,7 +65,7 @@ def members(read: ReadAt, start: int, end: int, inner: bool = False) -> Iterator
         if kind == ord("S") or any(key.startswith("GNU.sparse") for key in extended):
             raise tarfile.ReadError(f"{name} is stored as a sparse file")
         extended = {}
-        if kind in b"\0007" and not name.endswith("/"):
+        if kind in _REGULAR and not name.endswith("/"):
             yield Member(name, offset, size)
         elif kind == ord("1"):
             yield Member(name, offset, 0, link)
