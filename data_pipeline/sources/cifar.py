@@ -50,14 +50,15 @@ _RELEASES = {
 def cifar_signs(names: Iterable[str]) -> list[tuple[str, str]]:
     """The (release, folder) of every release among the names of files; a folder ends in a slash or is ""."""
     there = set(names)
-    found = []
-    for kind, release in _RELEASES.items():
-        firsts = [name for name in there if name.rpartition("/")[2] in (release.train[0], release.test)]
-        for folder in sorted({name.removesuffix(name.rpartition("/")[2]) for name in firsts}):
-            # By the folder's name also where files are missing, so that these can be named.
-            if folder.rstrip("/").rpartition("/")[2] == kind or folder + release.meta[0] in there:
-                found.append((kind, folder))
-    return found
+    kinds = {file: kind for kind, release in _RELEASES.items() for file in (release.train[0], release.test)}
+    found = set()
+    for name in there:
+        folder, slash, base = name.rpartition("/")
+        kind = kinds.get(base)
+        # By the folder's name also where files are missing, so that these can be named.
+        if kind and (folder.rpartition("/")[2] == kind or f"{folder}{slash}{_RELEASES[kind].meta[0]}" in there):
+            found.add((kind, folder + slash))
+    return sorted(found)
 
 
 class Cifar:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from configs import LonghaulError
-from data_pipeline.sources.files import Entry, Files, FolderFiles, Located
+from data_pipeline.sources.files import Entry, Files, Located, Peeked
 from data_pipeline.sources.splits import VAL_NAMES
 from data_pipeline.sources.storage import Store
 from data_pipeline.sources.tars import TarFiles
@@ -42,8 +42,19 @@ class IlsvrcFiles:
     to WordNet ids through the leaves among the synsets of meta.mat (the development kit's readme.txt, section 2).
     """
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Peeked, store: Store | None) -> None:
+        """The images among `files`. Tars can be read where these are in a folder, `store`."""
+        names = sorted((clean_name(name) for name in files.peek() if name.endswith(_SPECIAL)), reverse=True)
+        self._special = {_base(name): name for name in names}
+        self._store = store
         self._parts: dict[str, Files] = {"": files}
+        class_tars = sorted(name for base, name in self._special.items() if _CLASS_TAR.fullmatch(base))
+        if TRAIN_TAR in self._special:
+            self._parts["train"] = self._open([self._special[TRAIN_TAR]])
+        elif class_tars:
+            self._parts["train"] = self._open(class_tars)
+        if VAL_TAR in self._special:
+            self._parts["val"] = self._open([self._special[VAL_TAR]])
 
     def locate(self, name: str) -> str:
         return self._parts[""].locate(name)
@@ -52,9 +63,7 @@ class IlsvrcFiles:
         """Raises LonghaulError where there are validation images, but nothing that tells their classes."""
         entries = self._parts[""].entries()
         there = {clean_name(name): entries[name] for name in sorted(entries) if not is_hidden(name)}
-        special = [name for name in reversed(there) if name.endswith(_SPECIAL)]
-        by_base = {_base(name): name for name in special}
-        return self._train(there, by_base) | self._val(there, by_base)
+        return self._train(there) | self._val(there)
 
     def read(self, wanted: Sequence[Located]) -> Iterator[bytes | OSError]:
         start = 0
@@ -65,40 +74,38 @@ class IlsvrcFiles:
                 yield from self._parts[part].read(run)
                 start = end
 
-    def _train(self, there: dict[str, Entry], by_base: dict[str, str]) -> dict[str, Entry]:
-        class_tars = sorted(name for base, name in by_base.items() if _CLASS_TAR.fullmatch(base))
-        if TRAIN_TAR in by_base:
-            found = self._open("train", [by_base[TRAIN_TAR]])
-        elif class_tars:
-            found = self._open("train", class_tars)
-        else:
-            found = {name: Entry(f"|{entry.path}", entry.size) for name, entry in there.items()}
+    def _train(self, there: dict[str, Entry]) -> dict[str, Entry]:
         return {
             f"train/{wnid}/{_base(name)}": entry
-            for name, entry in found.items()
+            for name, entry in self._entries_of("train", there).items()
             if (wnid := _wnid_of_training_image(name))
         }
 
-    def _val(self, there: dict[str, Entry], by_base: dict[str, str]) -> dict[str, Entry]:
-        found = {name: Entry(f"|{entry.path}", entry.size) for name, entry in there.items() if _is_validation(name)}
-        wnids = {_base(name): wnid for name in found if (wnid := _wnid_folder(name))}
-        if VAL_TAR in by_base:
-            found = {n: entry for n, entry in self._open("val", [by_base[VAL_TAR]]).items() if _is_validation(n)}
+    def _val(self, there: dict[str, Entry]) -> dict[str, Entry]:
+        found = {name: entry for name, entry in self._entries_of("val", there).items() if _is_validation(name)}
+        wnids = {_base(name): wnid for name in there if _is_validation(name) and (wnid := _wnid_folder(name))}
         if any(_base(name) not in wnids for name in found):
-            wnids |= self._labels(there, by_base)
+            wnids |= self._labels(there)
         unlabelled = next((name for name in found if _base(name) not in wnids), "")
         if unlabelled:
             raise LonghaulError(f"{self.locate(unlabelled)} has no line in the file of labels: fetch that again.")
         return {f"val/{wnids[_base(name)]}/{_base(name)}": entry for name, entry in found.items()}
 
-    def _labels(self, there: dict[str, Entry], by_base: dict[str, str]) -> dict[str, str]:
-        """The WordNet id of each validation image, by its file's name."""
-        if _KAGGLE in by_base:
-            return _kaggle_labels(self.locate(by_base[_KAGGLE]), self._contents(there[by_base[_KAGGLE]], _KAGGLE))
-        found = {base: self._contents(there[by_base[base]], base) for base in (_GROUND_TRUTH, _META) if base in by_base}
-        devkits = sorted(name for base, name in by_base.items() if _DEVKIT.fullmatch(base))
+    def _entries_of(self, split: str, there: dict[str, Entry]) -> dict[str, Entry]:
+        """What may belong to a split: its tar, or everything that is there."""
+        part = split if split in self._parts else ""
+        entries = self._parts[part].entries() if part else there
+        return {name: Entry(f"{part}|{entry.path}", entry.size) for name, entry in entries.items()}
+
+    def _labels(self, there: dict[str, Entry]) -> dict[str, str]:
+        """The WordNet id of each validation image, by its file's name, from whatever tells it."""
+        special = self._special
+        if _KAGGLE in special:
+            return _kaggle_labels(self.locate(special[_KAGGLE]), self._contents(there[special[_KAGGLE]], _KAGGLE))
+        found = {base: self._contents(there[special[base]], base) for base in (_GROUND_TRUTH, _META) if base in special}
+        devkits = sorted(name for base, name in special.items() if _DEVKIT.fullmatch(base))
         if len(found) < 2 and devkits:
-            kit = TarFiles(self._store(), devkits[:1])
+            kit = self._open(devkits[:1])
             inside = {_base(name): entry for name, entry in kit.entries().items()}
             wanted = {base: inside[base] for base in (_GROUND_TRUTH, _META) if base in inside}
             for base, data in zip(wanted, kit.read(list(wanted.values())), strict=True):
@@ -111,15 +118,10 @@ class IlsvrcFiles:
             )
         return _devkit_labels(self.locate(""), found[_GROUND_TRUTH], found[_META])
 
-    def _open(self, part: str, tars: list[str]) -> dict[str, Entry]:
-        self._parts[part] = TarFiles(self._store(), tars)
-        return {n: Entry(f"{part}|{e.path}", e.size) for n, e in self._parts[part].entries().items()}
-
-    def _store(self) -> Store:
-        files = self._parts[""]
-        if isinstance(files, FolderFiles):
-            return files.store
-        raise LonghaulError(f"{self.locate('')} holds ILSVRC2012's tars inside another archive: unpack that.")
+    def _open(self, tars: list[str]) -> TarFiles:
+        if self._store is None:
+            raise LonghaulError(f"{self.locate('')} holds {tars[0]} inside another archive: unpack that.")
+        return TarFiles(self._store, tars)
 
     def _contents(self, entry: Entry, name: str) -> bytes:
         (data,) = self._parts[""].read([entry])

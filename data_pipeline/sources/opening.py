@@ -8,7 +8,7 @@ from configs import LonghaulError
 from data_pipeline.sources.base import Source
 from data_pipeline.sources.cifar import Cifar, cifar_signs
 from data_pipeline.sources.digits import Digits
-from data_pipeline.sources.files import Files, FolderFiles, Peeked
+from data_pipeline.sources.files import FolderFiles, Peeked
 from data_pipeline.sources.ilsvrc import IlsvrcFiles, ilsvrc_signs
 from data_pipeline.sources.parquet import Parquet
 from data_pipeline.sources.remote import open_store
@@ -45,7 +45,7 @@ def open_source(source: str, holdout: float) -> Source:
     if start == b"PAR1":
         return Parquet(name, store, [file], holdout)
     if is_zip or start == b"PK\3\4":
-        return _open_files(name, ZipFiles(store, file), holdout)
+        return _open_files(name, Peeked(ZipFiles(store, file)), holdout)
     if is_tar(store, file):
         tar = Peeked(TarFiles(store, [file]))
         if webdataset_signs(tar.peek()):
@@ -98,23 +98,22 @@ def _open_folder(name: str, store: Store, holdout: float) -> Source:
     archives = sorted(name for name in names if name.endswith(_ARCHIVES))
     if not found and archives:
         raise LonghaulError(f"{store.locate('')} holds no images but {archives[0]}: give the path of that.")
-    return _open_files(name, files, holdout)
+    return _open_files(name, files, holdout, store)
 
 
-def _open_files(name: str, files: Files, holdout: float) -> Source:
+def _open_files(name: str, peeked: Peeked, holdout: float, store: Store | None = None) -> Source:
     """CIFAR, ImageNet, or else a tree, among files in a folder or archive."""
-    peeked = files if isinstance(files, Peeked) else Peeked(files)
     names = [name for name in peeked.peek() if not is_hidden(name)]
     releases = cifar_signs(names)
     if len(releases) > 1:
         raise LonghaulError(
-            f"{files.locate('')} holds {' and '.join(folder or '.' for _, folder in releases)}: "
+            f"{peeked.locate('')} holds {' and '.join(folder or '.' for _, folder in releases)}: "
             f"give the path of the one that you mean."
         )
     if releases:
         return Cifar(name, peeked, *releases[0])
     if ilsvrc_signs(names):
-        return Tree(name, IlsvrcFiles(peeked), holdout)
+        return Tree(name, IlsvrcFiles(peeked, store), holdout)
     return Tree(name, peeked, holdout)
 
 
