@@ -81,7 +81,11 @@ class RemoteStore(Store):
 
         def fetch(offset: int, count: int) -> bytes:
             with _named(url):
-                return bytes(filesystem.cat_file(path, offset, min(offset + count, size))) if offset < size else b""
+                return (
+                    bytes(filesystem.cat_file(path, start=offset, end=min(offset + count, size)))
+                    if offset < size
+                    else b""
+                )
 
         yield ReadAhead(fetch, _AHEAD_BYTES), size
 

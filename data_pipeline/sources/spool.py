@@ -49,7 +49,8 @@ def unpack(store: Store, name: str) -> Spool:
     """Unpack a compressed file: in it, nothing can be read without all that is before it."""
     spool = Spool()
     with store.open(name) as file:
-        opener = next(opener for magic, opener in _OPENERS.items() if file.read(6).startswith(magic))
+        start = file.read(6)
+        opener = next(opener for magic, opener in _OPENERS.items() if start.startswith(magic))
         file.seek(0)
         try:
             with opener(file) as stream:

@@ -39,8 +39,8 @@ def members(read: ReadAt, start: int, end: int, inner: bool = False) -> Iterator
     """
     position = start
     extended: dict[str, str] = {}  # what pax and GNU headers say of the member that comes next
-    while not (inner and position >= end):
-        header = read(position, BLOCK)
+    while not (inner and position == end):
+        header = read(position, min(BLOCK, end - position))
         if header == _ZEROS:
             return
         if len(header) < BLOCK:
