@@ -141,6 +141,12 @@ _TARS = {"ILSVRC2012_img_train.tar": tar(class_tars()), "ILSVRC2012_img_val.tar"
 _LABELS = {"ILSVRC2012_validation_ground_truth.txt": ground_truth(), "meta.mat": meta_mat()}
 LAYOUTS: dict[str, Files] = {
     "tars and kit": {**_TARS, "ILSVRC2012_devkit_t12.tar.gz": devkit()},
+    "tars and more tars": {
+        **_TARS,
+        "ILSVRC2012_devkit_t12.tar.gz": devkit(),
+        "ILSVRC2012_img_test_v10102019.tar": tar({"test/ILSVRC2012_test_00000001.JPEG": image(300)}),
+        "ILSVRC2012_bbox_train_v2.tar.gz": tar({"n01440764/n01440764_0.xml": b""}, "w:gz"),
+    },
     "tars and labels": {**_TARS, **_LABELS},
     "tars and unpacked kit": _TARS | {f"ILSVRC2012_devkit_t12/data/{name}": data for name, data in _LABELS.items()},
     "tars in folders": {f"x/{n}": d for n, d in _TARS.items()} | {"y/ILSVRC2012_devkit_t12.tar": devkit("w")},

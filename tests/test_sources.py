@@ -4,6 +4,8 @@ Archives are built small, as their makers lay them out (tests/layouts.py). `look
 source, in random order and in parts, as the processes of an ingest do.
 """
 
+import functools
+import http.server
 import io
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ import resource
 import socket
 import tarfile
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+import s3fs
 from hypothesis import given
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
@@ -627,8 +631,6 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     values = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     for name, value in {**values, "AWS_ENDPOINT_URL": s3_server}.items():
         monkeypatch.setenv(name, value)
-    import s3fs
-
     s3fs.S3FileSystem.clear_instance_cache()
     client = boto3.client("s3", endpoint_url=s3_server)
     name = f"bucket-{random.randrange(10**12)}"
@@ -704,18 +706,51 @@ def test_what_is_not_in_the_object_store_or_may_not_be_read_is_refused(bucket: s
     refuses(lambda: opened(f"{bucket}/x/x.tar"), rf"{bucket}/x/x\.tar is not whole")
 
 
-def test_a_store_that_stops_answering_ends_the_reading(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    upload(f"{bucket}/tree", TREE)
-    source = opened(f"{bucket}/tree")
+@pytest.mark.parametrize("kind", ["tree", "zip", "tar", "WebDataset", "Parquet", "CIFAR-100"])
+def test_a_store_that_stops_answering_ends_the_reading(bucket: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    files, what = REMOTE[kind]
+    upload(f"{bucket}/x", files)
+    source = opened(f"{bucket}/x{what}")
     items = source.listing().items
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound, but nobody listens
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        import s3fs
-
         s3fs.S3FileSystem.clear_instance_cache()
-        with pytest.raises(LonghaulError, match=rf"{bucket}/tree cannot be read .*AWS_ENDPOINT_URL, then run the same"):
+        with pytest.raises(LonghaulError, match=rf"{bucket}/x.* cannot be read .*AWS_ENDPOINT_URL, then run the same"):
             list(source.read(items))
+
+
+def test_empty_members_are_empty_in_an_object_store_too(bucket: str) -> None:
+    files = {"train/a/1.jpg": b"", "train/a/2.jpg": b"2", "train/b/3.jpg": b""}
+    upload(f"{bucket}/x", {"x.tar": tar(files)})
+    assert {key: data for key, (_, _, data) in look(opened(f"{bucket}/x/x.tar")).items()} == files
+
+
+def test_neighbours_are_fetched_together(bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+    upload(f"{bucket}/x", {"x.tar": tar(TREE)})
+    source = opened(f"{bucket}/x/x.tar")
+    items = source.listing().items
+    caplog.clear()
+    with caplog.at_level("INFO", logger="werkzeug"):
+        assert list(source.read(items[::-1])) == [TREE[item.key] for item in items[::-1]]
+    assert sum("GET" in record.getMessage() for record in caplog.records) == 1
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    """Python's own server, which sends whole files whatever range is asked for."""
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_server_that_knows_no_ranges_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar(TREE))
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = opened(f"http://127.0.0.1:{server.server_port}/x.tar")
+        items = source.listing().items
+        with pytest.raises(LonghaulError, match=r"x\.tar does not send parts of files: copy the file here"):
+            list(source.read(items[3:5]))
+        server.shutdown()

@@ -77,7 +77,9 @@ def _open_folder(name: str, store: Store, holdout: float) -> Source:
     names = [name for name in files.peek() if not is_hidden(name)]
     parquet = [name for name in names if name.endswith(".parquet")]
     official = ilsvrc_signs(names)
-    shards = [name for name in names if name.endswith(".tar") and name not in official]
+    # ILSVRC2012 comes with more tars than are read, of test images and other tasks.
+    not_shards = {*official, *(name for name in names if name.rpartition("/")[2].startswith("ILSVRC2012_"))}
+    shards = [name for name in names if name.endswith(".tar") and name not in not_shards]
     cifar = [folder for _, folder in cifar_signs(names)]
     # Images without labels of their own; a tree that ImageNet's own files lie in or beside is one with them.
     images = [name for name in names if "/" in name and name.lower().endswith(IMAGE_SUFFIXES) and not official]

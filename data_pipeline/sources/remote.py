@@ -1,9 +1,10 @@
 """Folders at any URL that fsspec knows, read by range."""
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import fsspec
 
@@ -35,10 +36,10 @@ class RemoteStore(Store):
         # Object stores may hold an empty object "folder/" as a sign that there is one.
         return {p[start:]: i["size"] for p, i in found.items() if i["type"] == "file" and not p.endswith("/")}
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> io.BufferedIOBase:
         with _named(self.locate(name)):
             filesystem, path = filesystem_of(self.locate(name))
-            return filesystem.open(path, "rb")
+            return _Guarded(filesystem.open(path, "rb"), self.locate(name))
 
     def read_files(self, names: Sequence[str]) -> Iterator[bytes | OSError]:
         filesystem, root = filesystem_of(self._url)
@@ -55,22 +56,20 @@ class RemoteStore(Store):
     def read_spans(self, spans: Sequence[Span]) -> Iterator[bytes | OSError]:
         filesystem, root = filesystem_of(self._url)
         for window in windows(spans):
-            blocks = _merge(sorted(set(window)))
+            blocks = _merge(sorted({span for span in window if span.size}))
             names = [f"{root.rstrip('/')}/{block[0].name}" for block in blocks]
             starts, ends = [b[0].offset for b in blocks], [max(s.offset + s.size for s in b) for b in blocks]
             with _named(self._url):
                 fetched = filesystem.cat_ranges(names, starts, ends, on_error="return")
             read: dict[Span, bytes | OSError] = {}
-            for block, data in zip(blocks, fetched, strict=True):
+            for block, data, start, end in zip(blocks, fetched, starts, ends, strict=True):
                 if isinstance(data, Exception):
                     raise unreadable(self.locate(block[0].name), data) from None
+                data = _in_range(self.locate(block[0].name), data, end - start)
                 for span in block:
-                    start = span.offset - block[0].offset
-                    try:
-                        read[span] = whole(bytes(data[start : start + span.size]), span)
-                    except OSError as error:
-                        read[span] = error
-            yield from (read[span] for span in window)
+                    first = span.offset - start
+                    read[span] = whole(data[first : first + span.size], span)
+            yield from (read.get(span, b"") for span in window)
 
     @contextmanager
     def scanner(self, name: str) -> Iterator[tuple[ReadAt, int]]:
@@ -80,12 +79,11 @@ class RemoteStore(Store):
             size = filesystem.size(path)
 
         def fetch(offset: int, count: int) -> bytes:
+            end = min(offset + count, size)
+            if offset >= end:
+                return b""
             with _named(url):
-                return (
-                    bytes(filesystem.cat_file(path, start=offset, end=min(offset + count, size)))
-                    if offset < size
-                    else b""
-                )
+                return _in_range(url, filesystem.cat_file(path, start=offset, end=end), end - offset)
 
         yield ReadAhead(fetch, _AHEAD_BYTES), size
 
@@ -104,6 +102,7 @@ def open_store(source: str) -> tuple[Store, str]:
         raise LonghaulError(f"There is no {path}: give 'digits', or the path or URL of a data set.")
     with _named(source):
         filesystem, path_there = filesystem_of(source)
+        filesystem.invalidate_cache()  # it may have listed the folder before
         is_folder = filesystem.info(path_there)["type"] == "directory"
     if is_folder:
         return RemoteStore(source), ""
@@ -127,6 +126,40 @@ def unreadable(url: str, error: BaseException) -> LonghaulError:
         f"{url} cannot be read ({_first_line(error)}): check the network, the credentials (AWS_ACCESS_KEY_ID, "
         f"AWS_SECRET_ACCESS_KEY or AWS_PROFILE for s3://) and AWS_ENDPOINT_URL, then run the same command again."
     )
+
+
+class _Guarded(io.BufferedIOBase):
+    """A file whose errors are those of the store: whoever reads an archive would take them for damage in it."""
+
+    def __init__(self, file: Any, url: str) -> None:
+        self._file, self._url = file, url
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def read(self, size: int | None = -1) -> bytes:
+        with _named(self._url):
+            return bytes(self._file.read(-1 if size is None else size))
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _in_range(url: str, data: bytes, size: int) -> bytes:
+    """What was fetched, if the server did not send more than it was asked for, as one that knows no ranges does."""
+    if len(data) > size:
+        raise LonghaulError(f"The server of {url} does not send parts of files: copy the file here, and give that.")
+    return bytes(data)
 
 
 @contextmanager

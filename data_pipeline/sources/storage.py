@@ -4,8 +4,9 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from configs import LonghaulError
 
@@ -37,7 +38,7 @@ class Store(ABC):
         """The size in bytes of every file in the folder and below, by its path from the folder, with slashes."""
 
     @abstractmethod
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> BufferedIOBase:
         """A file to be read at random; raises LonghaulError where it cannot be opened."""
 
     @abstractmethod
@@ -88,7 +89,7 @@ class LocalStore(Store):
                     found[name] = 0  # it leads nowhere; reading it says so
         return found
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> BufferedReader:
         try:
             return (self._root / name).open("rb")
         except OSError as error:
@@ -147,10 +148,11 @@ def windows(spans: Sequence[Span]) -> Iterator[Sequence[Span]]:
         yield spans[start:]
 
 
-def whole(data: bytes, span: Span) -> bytes:
-    if len(data) != span.size:
-        raise OSError(f"{PurePosixPath(span.name).name} ends after {len(data)} of its {span.size} bytes")
-    return data
+def whole(data: bytes, span: Span) -> bytes | OSError:
+    """The bytes of a span, or an error where there are too few."""
+    if len(data) == span.size:
+        return data
+    return OSError(f"{PurePosixPath(span.name).name} ends after {len(data)} of its {span.size} bytes")
 
 
 def _leads_up(link: str) -> bool:
