@@ -33,6 +33,7 @@ from PIL import Image
 
 from configs import LonghaulError
 from data_pipeline.sources import Item, Source, open_source
+from data_pipeline.sources.labels import index_labels, splits_of_files
 from data_pipeline.sources.webdataset import expand_braces
 from tests.layouts import (
     LAYOUTS,
@@ -436,6 +437,34 @@ def test_braces_are_expanded_as_a_shell_does() -> None:
 )
 def test_shards_that_cannot_be_used_are_refused(tmp_path: Path, files: Files, told: str) -> None:
     refuses(lambda: of_folder(tmp_path, files), told)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"], ["train", "val"]),
+        (["train_000.tar", "val000.tar"], ["train", "val"]),
+        (["train/a.tar", "VAL/a.tar"], ["train", "val"]),
+        (["training/test-like/a.tar", "test-0.tar"], ["val", "val"]),
+        (["train-0.tar", "val-0.tar", "test-0.tar"], ["train", "val", None]),
+        (["constraints.tar", "validity.tar"], ["train", "train"]),
+    ],
+)
+def test_splits_are_told_by_the_names_of_files(files: list[str], found: list[str | None]) -> None:
+    if "train" not in found:
+        with pytest.raises(LonghaulError, match="holds no file for training"):
+            splits_of_files("x", files)
+    else:
+        assert [splits_of_files("x", files).get(file) for file in files] == found
+
+
+@given(st.lists(st.integers(0, 300), min_size=1), st.randoms())
+def test_numbers_without_names_are_classes_in_numeric_order(labels: list[int], rng: random.Random) -> None:
+    classes, indexes = index_labels("x", labels, None)
+    assert [int(name) for name in classes] == sorted(set(labels))
+    assert [int(classes[i]) for i in indexes] == labels
+    rng.shuffle(labels)
+    assert index_labels("x", labels, None)[0] == classes
 
 
 # --- Parquet -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from data_pipeline.sources.tree import clean_name
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_COLUMNS = ("label", "cls", "fine_label")
-_WINDOW_BYTES = 256 * 2**20  # of images that are held while they are read out of order
+_WINDOW_BYTES = 128 * 2**20  # of images that are held while they are read out of order
 
 
 class _Table(NamedTuple):
