@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from scipy.io import savemat
 
-from data_pipeline.sources import Source
+from data_pipeline.sources import Item, Source
 
 Files = dict[str, bytes]
 Seen = dict[str, tuple[str, str, bytes]]
@@ -44,6 +44,11 @@ def look(source: Source, seed: int = 0) -> Seen:
             assert item.key not in seen
             seen[item.key] = item.split, listing.classes[item.label], data
     return dict(sorted(seen.items()))
+
+
+def read_items(source: Source, items: list[Item]) -> list[bytes | OSError]:
+    """For other processes."""
+    return list(source.read(items))
 
 
 def tar(files: Files, mode: str = "w", **options: Any) -> bytes:

@@ -14,7 +14,7 @@ from data_pipeline.sources.storage import LocalStore, ReadAhead, ReadAt, Span, S
 _WINDOW_FILES = 128  # fetched, and so held in memory, at once
 _BLOCK_BYTES = 8 * 2**20  # neighbours in a file are fetched together up to this ...
 _GAP_BYTES = 64 * 2**10  # ... also across gaps that cost less than another request
-_AHEAD_BYTES = 8 * 2**20
+_LEAST_AHEAD_BYTES, _MOST_AHEAD_BYTES = 64 * 2**10, 8 * 2**20
 
 
 class RemoteStore(Store):
@@ -85,7 +85,7 @@ class RemoteStore(Store):
             with _named(url):
                 return _in_range(url, filesystem.cat_file(path, start=offset, end=end), end - offset)
 
-        yield ReadAhead(fetch, _AHEAD_BYTES), size
+        yield ReadAhead(fetch, _LEAST_AHEAD_BYTES, _MOST_AHEAD_BYTES), size
 
 
 def open_store(source: str) -> tuple[Store, str]:

@@ -13,7 +13,7 @@ from configs import LonghaulError
 ReadAt = Callable[[int, int], bytes]  # (offset, size) -> bytes, fewer at the end of the file
 
 _WINDOW_BYTES = 64 * 2**20  # read out of order, and so held in memory, at once
-_AHEAD_BYTES = 4 * 2**10
+_PAGE_BYTES = 4 * 2**10
 
 
 class Span(NamedTuple):
@@ -120,19 +120,25 @@ class LocalStore(Store):
     def scanner(self, name: str) -> Iterator[tuple[ReadAt, int]]:
         with self.open(name) as file:
             number = file.fileno()
-            yield ReadAhead(lambda offset, size: os.pread(number, size, offset), _AHEAD_BYTES), os.fstat(number).st_size
+            yield (
+                ReadAhead(lambda offset, size: os.pread(number, size, offset), _PAGE_BYTES, _PAGE_BYTES),
+                os.fstat(number).st_size,
+            )
 
 
 class ReadAhead:
-    """Reads from front to back: what was fetched beyond one request serves the next."""
+    """Reads from front to back: what was fetched beyond one request serves the next. How much that is grows from
+    `least` to `most` bytes while requests follow each other closely, and falls back where they leap."""
 
-    def __init__(self, fetch: ReadAt, ahead: int) -> None:
-        self._fetch, self._ahead = fetch, ahead
-        self._start, self._data = 0, b""
+    def __init__(self, fetch: ReadAt, least: int, most: int) -> None:
+        self._fetch, self._least, self._most = fetch, least, most
+        self._ahead, self._start, self._data = least, 0, b""
 
     def __call__(self, offset: int, size: int) -> bytes:
         start = offset - self._start
         if start < 0 or start + size > len(self._data):
+            is_near = 0 <= start <= len(self._data) + self._most
+            self._ahead = min(2 * self._ahead, self._most) if is_near else self._least
             self._data, self._start, start = self._fetch(offset, max(size, self._ahead)), offset, 0
         return self._data[start : start + size]
 
