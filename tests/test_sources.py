@@ -309,6 +309,19 @@ def test_what_a_zip_cannot_give_back_is_an_error_in_its_place(tmp_path: Path) ->
     }
 
 
+def test_a_tar_whose_last_member_is_a_zip_is_a_tar(tmp_path: Path) -> None:
+    assert look(of_file(tmp_path / "x.tar", tar(TREE | {"x.zip": zipped({"a/1.jpg": b"1"})}))) == TREE_SEEN
+
+
+def test_validation_images_that_lie_in_no_class_are_refused_and_unlabelled_test_images_passed_over(
+    tmp_path: Path,
+) -> None:
+    train = {name: data for name, data in TREE.items() if name.startswith("train")}
+    assert splits(look(of_folder(tmp_path, train | {"test/1.jpg": b"1"}, 0.4))) == {"train": 4, "val": 2}
+    told = r"val/1\.jpg and its neighbours lie in no folder of a class: sort them into val/CLASS/"
+    refuses(lambda: of_folder(tmp_path, train | {"val/1.jpg": b"1"}), told)
+
+
 def test_a_cut_zip_is_refused(tmp_path: Path) -> None:
     refuses(lambda: of_file(tmp_path / "x.zip", zipped(TREE)[:-200]), r"x\.zip is not whole")
 

@@ -38,19 +38,20 @@ def open_source(source: str, holdout: float) -> Source:
     name = _name(source)
     if not file:
         return _open_folder(name, store, holdout)
-    with store.open(file) as opened:
-        start = opened.read(4)
-        opened.seek(0)
-        is_zip = zipfile.is_zipfile(opened)
-    if start == b"PAR1":
-        return Parquet(name, store, [file], holdout)
-    if is_zip or start == b"PK\3\4":
-        return _open_files(name, Peeked(ZipFiles(store, file)), holdout)
     if is_tar(store, file):
         tar = Peeked(TarFiles(store, [file]))
         if webdataset_signs(tar.peek()):
             return WebDataset(name, store, [file], "", holdout)
         return _open_files(name, tar, holdout)
+    with store.open(file) as opened:
+        start = opened.read(4)
+        opened.seek(0)
+        # A zip is known by its end, which other files may have too: a tar whose last member is a zip.
+        is_zip = start == b"PK\3\4" or zipfile.is_zipfile(opened)
+    if start == b"PAR1":
+        return Parquet(name, store, [file], holdout)
+    if is_zip:
+        return _open_files(name, Peeked(ZipFiles(store, file)), holdout)
     raise LonghaulError(
         f"{store.locate(file)} is neither a directory nor a zip or tar file of a class-per-folder tree, "
         f"nor another data set that is known here (docs/data.md)."
@@ -121,7 +122,7 @@ def _open_files(name: str, peeked: Peeked, holdout: float, store: Store | None =
 
 def _names_file(names: Iterable[str]) -> str:
     found = [name for name in names if name.rpartition("/")[2] in NAMES_FILES]
-    return min(found, default="")
+    return min(found, key=lambda name: (name.count("/"), name), default="")
 
 
 def _name(source: str) -> str:

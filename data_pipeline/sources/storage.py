@@ -93,7 +93,9 @@ class LocalStore(Store):
         try:
             return (self._root / name).open("rb")
         except OSError as error:
-            raise LonghaulError(f"{self.locate(name)} cannot be read ({error.strerror}): put it back.") from None
+            raise LonghaulError(
+                f"{self.locate(name)} cannot be read ({error.strerror}): see that it is there and readable."
+            ) from None
 
     def read_files(self, names: Sequence[str]) -> Iterator[bytes | OSError]:
         for name in names:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from configs import LonghaulError
 from data_pipeline.sources.base import Item, Listing
 from data_pipeline.sources.files import Entry, Files
-from data_pipeline.sources.splits import TRAIN_NAMES, choose_splits, hold_out
+from data_pipeline.sources.splits import TRAIN_NAMES, VAL_NAMES, choose_splits, hold_out
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -52,10 +52,22 @@ class Tree:
                 f"No training images in '{self.name}': it needs a folder for each class "
                 f"(CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg)."
             )
+        if splits and not any(image.split == "val" for image in found):
+            self._refuse_unlabelled(images, depth)
         classes = sorted({image.label for image in found})
         index = {name: i for i, name in enumerate(classes)}
         items = [Item(f.split, index[f.label], f.key, f.entry.path, f.entry.size) for f in found]
         return Listing(classes, hold_out(items, self._holdout))
+
+    def _refuse_unlabelled(self, images: dict[str, Entry], depth: int) -> None:
+        for name in images:
+            top, _, rest = name.split("/", depth)[-1].partition("/")
+            # Test sets are published without labels, so a folder of those is passed over.
+            if top.lower() in VAL_NAMES[:-1] and rest and "/" not in rest:
+                raise LonghaulError(
+                    f"{self._files.locate(name)} and its neighbours lie in no folder of a class: sort them into "
+                    f"{top}/CLASS/, or move {top}/ away."
+                )
 
     def read(self, items: Sequence[Item]) -> Iterator[bytes | OSError]:
         return self._files.read(items)
