@@ -5,6 +5,7 @@ source, in random order and in parts, as the processes of an ingest do.
 """
 
 import functools
+import gzip
 import http.server
 import io
 import multiprocessing
@@ -423,6 +424,8 @@ def test_a_pattern_of_shards_takes_those_and_a_missing_one_is_named(tmp_path: Pa
     assert splits(seen) == {"train": 3, "val": 2}
     refuses(lambda: opened(tmp_path / "set-{000008..000015}.tar"), r"2 of the 8 shards .* the first set-000014\.tar")
     assert len(look(opened(tmp_path / "set-000008.tar"))) == 1
+    squeezed = gzip.compress(shard(0, [1]))
+    refuses(lambda: of_file(tmp_path / "set.tar.gz", squeezed), "compressed WebDataset shard: unpack it to a tar")
 
 
 def test_braces_are_expanded_as_a_shell_does() -> None:

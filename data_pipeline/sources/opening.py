@@ -12,6 +12,7 @@ from data_pipeline.sources.files import FolderFiles, Peeked
 from data_pipeline.sources.ilsvrc import IlsvrcFiles, ilsvrc_signs
 from data_pipeline.sources.parquet import Parquet
 from data_pipeline.sources.remote import open_store
+from data_pipeline.sources.spool import compression
 from data_pipeline.sources.storage import Store
 from data_pipeline.sources.tars import TarFiles, is_tar
 from data_pipeline.sources.tree import IMAGE_SUFFIXES, Tree, is_hidden
@@ -41,6 +42,8 @@ def open_source(source: str, holdout: float) -> Source:
     if is_tar(store, file):
         tar = Peeked(TarFiles(store, [file]))
         if webdataset_signs(tar.peek()):
+            if compression(store, file):
+                raise LonghaulError(f"{store.locate(file)} is a compressed WebDataset shard: unpack it to a tar.")
             return WebDataset(name, store, [file], "", holdout)
         return _open_files(name, tar, holdout)
     with store.open(file) as opened:
