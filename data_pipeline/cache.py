@@ -97,7 +97,8 @@ class Cache:
         while True:
             with _shared(path) as found:
                 if found is not None and os.fstat(found.fileno()).st_size == shard.bytes:
-                    os.utime(path)
+                    now = time.time_ns()  # the kernel's own time stamps are milliseconds coarse
+                    os.utime(path, ns=(now, now))
                     if not fetched:
                         self._count(hits=1)
                     yield path

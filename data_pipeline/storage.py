@@ -15,6 +15,10 @@ T = TypeVar("T")
 # Seconds before each further attempt, about a minute in all: a store that restarts, or throttles, comes back in that.
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
+# One connection for each shard, as several are fetched at a time: more, and s3fs keeps all of a shard in memory. Trying
+# again is our part.
+_S3_OPTIONS = {"max_concurrency": 1, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+
 
 def parse_location(text: str) -> Location:
     """What was typed, as an absolute directory or as a URL without a slash at its end."""
@@ -39,8 +43,7 @@ class Store:
         self.retries = 0
         self._closed = threading.Event()
         try:
-            # Shards are fetched several at a time; s3fs would besides hold all of each in memory.
-            options = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
+            options = _S3_OPTIONS if url.startswith(("s3://", "s3a://")) else {}
             self._files, self._root = url_to_fs(url, **options)
         except (ValueError, ImportError) as error:
             raise LonghaulError(f"--data {url}: {str(error).rstrip('.')}.") from None
