@@ -25,6 +25,8 @@ from data_pipeline.shards import Manifest, Shard
 from data_pipeline.sources import open_source
 from data_pipeline.split import Split
 from data_pipeline.storage import Store, parse_location
+from launch.cli import main
+from launch.train import describe_run, parse
 from tests import workers
 from tests.fetcher import start_fetchers
 from tests.s3 import Proxy, serve, upload
@@ -502,6 +504,40 @@ def test_a_global_order_fetches_all_at_the_start(
     total = sum(shard.bytes for shard in manifest.splits["train"])
     assert kinds(job.run, "fetching")[-1]["bytes"] == kinds(job.run, "fetching")[-1]["total_bytes"] == total
     assert set(proxy.shard_gets().values()) == {1}
+
+
+def test_the_commands_take_a_url(
+    proxy: Proxy,
+    manifest: Manifest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def longhaul(*arguments: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["longhaul", *arguments, "--runs", str(tmp_path / "runs")])
+        ended = 0
+        try:
+            main()
+        except SystemExit as leaving:
+            ended = int(leaving.code or 0)
+        printed = capsys.readouterr()
+        assert ended == code, printed
+        return printed.out + printed.err
+
+    cache = ("--cache-dir", str(tmp_path / "cache"), "--cache-bytes", f"{small_limit(manifest)}B")
+    begin = ("train", "digits", *WINDOWED, "duration=6it", "--name", "r", "--local", "--threads", "1")
+    assert "--cache-bytes lots is not a size" in longhaul(*begin, "--data", URL, "--cache-bytes", "lots", code=2)
+    assert "of 355 held-out images; 6 steps" in longhaul(*begin, "--data", f"{URL}/", *cache)
+    assert "355 images" in longhaul("eval", "r", *cache)
+    assert "every step saw the samples" in longhaul("verify", "r")
+    assert size_of(tmp_path / "cache") <= small_limit(manifest)
+
+
+def test_ray_submit_hands_a_url_on_as_it_is(tmp_path: Path) -> None:
+    options = parse(["--recipe", "digits", "--data", URL, "--cache-dir", "/nvme", "--cache-bytes", "200GB"])
+    assert f"--data {URL} --cache-dir /nvme --cache-bytes 200GB" in describe_run(options).entrypoint
+    options = parse(["--recipe", "digits", "--data", "here"])
+    assert f"--data {Path.cwd() / 'here'}" in describe_run(options).entrypoint
 
 
 def test_sorted_shards_are_told_from_shuffled_ones(digits: Path) -> None:
