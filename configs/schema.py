@@ -70,6 +70,23 @@ class Batch(Section):
         return self.size // self.micro
 
 
+class GlobalShuffle(Section):
+    """Every epoch is one random permutation of all samples."""
+
+    kind: Literal["global"] = "global"
+
+
+class WindowedShuffle(Section):
+    """Every epoch permutes the shards, and shuffles the samples of at most `shards` of them at a time: for data on
+    remote storage, of which a machine then needs two windows at a time. See docs/data-remote.md on how random it is."""
+
+    kind: Literal["windowed"] = "windowed"
+    shards: PositiveInt = 64
+
+
+Shuffle = Annotated[GlobalShuffle | WindowedShuffle, Field(discriminator="kind")]
+
+
 class ResizedCrop(Section):
     """Inception-style crop: area and aspect ratio drawn, resized to `size` (torchvision's RandomResizedCrop)."""
 
@@ -206,6 +223,7 @@ class Recipe(Section):
     duration: PositiveDuration
     model: Model
     batch: Batch
+    order: Shuffle = GlobalShuffle()
     input: Input
     optimizer: Sgd = Sgd()
     schedule: Schedule

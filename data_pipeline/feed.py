@@ -15,7 +15,7 @@ from data_pipeline.pipeline import PREFETCH
 from data_pipeline.split import Split
 
 _AHEAD = 3  # batches; checking them also brings them into memory from the disk
-_TRIES = 1_000
+_TRIES, _TRIES_IN_SHARD = 1_000, 100
 _SUBSTITUTE = 0xFFF0  # a purpose of `philox.uniforms`, apart from those of `augment`
 
 
@@ -35,10 +35,11 @@ class Sound:
 def sound(split: Split, ids: NDArray[np.int64], damaged: Literal["fail", "substitute"]) -> Sound:
     """Check samples against their checksums. One that is damaged raises LonghaulError, or is replaced by a sound one:
     the first of a pseudo-random sequence that its id gives, so that it is the same whoever looks."""
-    found = Sound(ids, split.images(ids))
-    bad = split.damaged(ids, found.images)
-    if not bad:
-        return found
+    for _ in range(2):  # what is damaged in the cache of a remote data set is fetched again
+        images = split.images(ids)
+        bad = split.damaged(ids, images)
+        if not bad:
+            return Sound(ids, images)
     if damaged == "fail":
         raise LonghaulError(
             f"{split.where(int(ids[bad[0]]))} does not have the bytes that were written: prepare the data set "
@@ -51,12 +52,16 @@ def sound(split: Split, ids: NDArray[np.int64], damaged: Literal["fail", "substi
 
 
 def _substitute(split: Split, sample: int) -> int:
+    """Of the same shard if one can be found there: of remote shards no other may be at hand."""
+    shard = split.shard_of(sample)
+    rows, end = split.shards[shard].rows, int(split.shard_ends[shard])
     for attempt in range(_TRIES):
+        first, count = (end - rows, rows) if attempt < _TRIES_IN_SHARD else (0, len(split))
         drawn = uniforms(0, attempt, np.array([sample], np.uint64), _SUBSTITUTE)[0, 0]
-        candidate = np.array([int(drawn * len(split))])
+        candidate = np.array([first + int(drawn * count)])
         if not split.damaged(candidate, split.images(candidate)):
             return int(candidate[0])
-    raise LonghaulError(f"Hardly a sample of {split.directory} has the bytes that were written: prepare it again.")
+    raise LonghaulError(f"Hardly a sample of {split.location} has the bytes that were written: prepare it again.")
 
 
 class Feed:

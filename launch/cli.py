@@ -28,7 +28,19 @@ RunsOption = Annotated[
     Path,
     typer.Option("--runs", envvar="LONGHAUL_RUNS", help="Where runs live; with several machines, storage they share."),
 ]
-DataOption = Annotated[Path | None, typer.Option("--data", help="The data set (made by `longhaul prepare`).")]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="The data set (made by `longhaul prepare`): a directory, or a URL (s3://...)."),
+]
+CacheDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir", help="Where shards of a URL are kept (each machine's LONGHAUL_CACHE, or ~/.cache/longhaul)."
+    ),
+]
+CacheBytesOption = Annotated[
+    str | None, typer.Option("--cache-bytes", help="The most they may take, as 200GB (80 % of what is free).")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ThreadsOption = Annotated[
     int, typer.Option(min=0, help="CPU threads a worker (0: cores / workers; 1 if deterministic).")
@@ -83,13 +95,15 @@ def train(
     threads: ThreadsOption = 0,
     max_failures: Annotated[int, typer.Option(help="How often workers may be lost before giving up.")] = 100,
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume although the recipe changed.")] = False,
+    cache_dir: CacheDirOption = None,
+    cache_bytes: CacheBytesOption = None,
 ) -> None:
     """Train a recipe, or resume the run of that name from its newest valid checkpoint."""
     from launch.commands import train_run
 
     train_run(
         console, load_recipe(recipe, overrides or ()), data, runs / name, workers, local, device, threads,
-        max_failures, allow_changes,
+        max_failures, allow_changes, cache_dir, cache_bytes,
     )  # fmt: skip
 
 
@@ -100,11 +114,13 @@ def evaluate(
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
+    cache_dir: CacheDirOption = None,
+    cache_bytes: CacheBytesOption = None,
 ) -> None:
     """Score a checkpoint (of a run: its newest valid one) on every held-out image, each exactly once."""
     from launch.commands import evaluate_checkpoint
 
-    evaluate_checkpoint(console, target, data, runs, device, threads)
+    evaluate_checkpoint(console, target, data, runs, device, threads, cache_dir, cache_bytes)
 
 
 @app.command(epilog="Example:  longhaul verify demo")

@@ -18,6 +18,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.dealing import Work, deal
 from trainer.engines import Engine
 from trainer.evaluate import Score, evaluate
+from trainer.fetching import FetchMeter
 from trainer.group import Group
 from trainer.ledger import Ledger, Recorder
 from trainer.progress import Window, is_due
@@ -47,6 +48,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
+        self.fetches = FetchMeter(self.train_split, self.group)
 
     def run(self) -> Score | None:
         """Train from `step` to the end, or until a stop is asked for. Returns the final score (None: stopped early, or
@@ -107,7 +109,8 @@ class Loop:
         self.window.steps += 1
 
     def _account(self, total: int) -> None:
-        figures: dict[str, Any] = self.window.report()
+        fetched = self.fetches.report(self.window.steps)
+        figures: dict[str, Any] = {**self.window.report(), **fetched}
         rate = learning_rate(self.recipe, len(self.train_split), self.step - 1)
         self.telemetry.step(self.step, total, round(self.order.epoch_of(self.step), 4), lr=rate, **figures)
 

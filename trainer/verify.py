@@ -1,7 +1,6 @@
 """`longhaul verify`: proof, from a run's newest checkpoint, that every epoch used every sample exactly once."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,16 +8,17 @@ from numpy.typing import NDArray
 from configs import LonghaulError, Recipe
 from data_pipeline.augment import augment
 from data_pipeline.findings import Finding
-from data_pipeline.order import Order
+from data_pipeline.order import Order, build_order
 from data_pipeline.records import training_records
 from data_pipeline.split import Split
+from data_pipeline.storage import Location, parse_location
 from trainer.checkpoint import Saved, load, newest_valid
 from trainer.ledger import Ledger, micro_digest, sample_hashes
 from trainer.rundir import RunDirectory
 
 
 def verify(
-    run: RunDirectory, data: Path | None = None, progress: Callable[[int, int], None] | None = None
+    run: RunDirectory, data: Location | None = None, progress: Callable[[int, int], None] | None = None
 ) -> list[Finding]:
     """Check the newest checkpoint of `run` against its data set (`data`, or where the run found it).
 
@@ -28,12 +28,12 @@ def verify(
     starts = [event for event in run.events() if event["event"] == "start"]
     if not starts:
         raise LonghaulError(f"{run.path} has no start event: nothing was trained yet.")
-    split = Split(data or Path(starts[-1]["data"]), "train")
+    split = Split(data or parse_location(starts[-1]["data"]), "train")
     broken: list[str] = []
     saved = newest_valid(run.checkpoints, lambda _, why: broken.append(why))
     if saved is None:
         raise LonghaulError(f"{run.checkpoints} holds no checkpoint that verifies{': ' + broken[0] if broken else ''}.")
-    order = Order(recipe.seed, len(split), recipe.batch.size, recipe.batch.micro)
+    order = build_order(recipe, [shard.rows for shard in split.shards])
     ledger = read_ledger(saved, order)
     return [
         Finding(
