@@ -1,4 +1,4 @@
-"""One shard, mapped."""
+"""One shard, mapped; or one that cannot be."""
 
 from pathlib import Path
 from typing import Any
@@ -32,3 +32,15 @@ class Mapped:
 
     def key(self, sample: int) -> str:
         return str(self._batch.column("key")[sample - self._first].as_py())
+
+
+class Unreadable:
+    """Stands for a shard that cannot be mapped: none of its images has its bytes."""
+
+    def image(self, sample: int) -> NDArray[np.uint8]:
+        del sample
+        return np.empty(0, np.uint8)
+
+    def key(self, sample: int) -> str:
+        del sample
+        return "the shard cannot be read"

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from configs import LonghaulError
 from data_pipeline.cache import Cache
-from data_pipeline.mapped import Mapped
+from data_pipeline.mapped import Mapped, Unreadable
 from data_pipeline.remote import RemoteShards
 from data_pipeline.shards import INDEX_SCHEMA, Manifest, Shard, map_batch
 from data_pipeline.storage import Location, Store
@@ -32,12 +33,24 @@ class Split:
         shards: as the manifest has them.
         shard_ends: int64 [num_shards], the number of samples in the shards up to and including each.
         remote: how shards are fetched, None where the data set is a directory.
+        unreadable: for each shard that could not be mapped, why.
     """
 
-    def __init__(self, location: Location, name: str, cache: Cache | None = None) -> None:
-        """Map the index of split `name`; raises LonghaulError naming the first file that is missing or not whole.
+    def __init__(
+        self,
+        location: Location,
+        name: str,
+        cache: Cache | None = None,
+        damaged: Literal["fail", "substitute"] = "fail",
+    ) -> None:
+        """Map the index and the shards of split `name`.
 
-        `cache` is where the files of a URL are kept, by default the machine's; a directory is used as it is.
+        Args:
+            location: of the data set.
+            name: "train" or "val".
+            cache: where the files of a URL are kept, by default the machine's; a directory is used as it is.
+            damaged: "fail" raises LonghaulError naming the first shard of a directory that is missing or not whole;
+                with "substitute" all its samples count as damaged. An index must be whole in any case.
         """
         self.location = location
         self.manifest, self.fingerprint = read_manifest(location)
@@ -49,11 +62,15 @@ class Split:
         rows = [shard.rows for shard in self.shards]
         self.shard_ends = np.cumsum(rows)
         self.remote: RemoteShards | None = None
+        self.unreadable: list[str] = []
         entry = self.manifest.indexes[name]
         if isinstance(location, Path):
             index = _open_index(location / entry.file, entry)
             firsts = (self.shard_ends - rows).tolist()
-            self._mapped = [Mapped(location / s.file, s.rows, f) for s, f in zip(self.shards, firsts, strict=True)]
+            self._mapped = [
+                self._map(location / shard.file, shard.rows, first, damaged)
+                for shard, first in zip(self.shards, firsts, strict=True)
+            ]
         else:
             store, cache = Store(location), cache or Cache()
             index = cache.read(store, entry, lambda path: _open_index(path, entry))
@@ -75,7 +92,7 @@ class Split:
         mapped = self._open(shards)
         views = [mapped[shard].image(sample) for sample, shard in zip(ids.tolist(), shards, strict=True)]
         if self.manifest.encoding == "raw":
-            return [view.reshape(*size, 3) for view, size in zip(views, self.sizes[ids].tolist(), strict=True)]
+            return [_as_pixels(view, *size) for view, size in zip(views, self.sizes[ids].tolist(), strict=True)]
         return views
 
     def key(self, sample: int) -> str:
@@ -98,6 +115,8 @@ class Split:
         unlike: list[int] = []
         for shard in range(len(self.shards)):
             mapped = self._open([shard])[shard]
+            if isinstance(mapped, Unreadable):
+                continue
             ids = mapped.ids()
             said = [mapped.column(name) for name in INDEX_SCHEMA.names]
             expected = [self.labels[ids], self.sizes[ids, 0], self.sizes[ids, 1], self.crcs[ids]]
@@ -118,8 +137,22 @@ class Split:
         if self.remote is not None:
             self.remote.close()
 
-    def _open(self, shards: list[int]) -> Mapping[int, Mapped] | Sequence[Mapped]:
+    def _map(self, path: Path, rows: int, first: int, damaged: Literal["fail", "substitute"]) -> Mapped | Unreadable:
+        try:
+            return Mapped(path, rows, first)
+        except LonghaulError as error:
+            if damaged == "fail":
+                raise
+            self.unreadable.append(str(error))
+            return Unreadable()
+
+    def _open(self, shards: list[int]) -> Mapping[int, Mapped] | Sequence[Mapped | Unreadable]:
         return self._mapped if self.remote is None else self.remote.batch(sorted(set(shards)))
+
+
+def _as_pixels(view: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """As an image; left as it is where it cannot be one, for its checksum to tell."""
+    return view.reshape(height, width, 3) if view.size == 3 * height * width else view
 
 
 def read_manifest(location: Location) -> tuple[Manifest, str]:

@@ -182,3 +182,23 @@ def test_a_run_says_which_image_is_damaged_and_ends(copy: Path, tmp_path: Path) 
     told = workers.refusal(job)
     assert "row 5 (train/" in told and "input.damaged=substitute" in told
     assert json.loads((job.run.path / "events.jsonl").read_text().splitlines()[-1])["event"] == "failure"
+
+
+def test_a_shard_that_cannot_be_read_is_replaced_sample_by_sample_or_named(tmp_path: Path) -> None:
+    prepare(open_source("digits", 0.0), tmp_path / "data", shard_bytes=100_000)
+    lost = tmp_path / "data" / "train-00001.arrow"
+    lost.write_bytes(lost.read_bytes()[:-50])
+    told = workers.refusal(make_job(tmp_path / "fail", tmp_path / "data"))
+    assert "train-00001.arrow cannot be read" in told
+    job = make_job(tmp_path / "substitute", tmp_path / "data", "input.damaged=substitute", "duration=2ep")
+    train(job, 1)
+    (warning,) = (event for event in job.run.events() if event["event"] == "warning")
+    assert "train-00001.arrow cannot be read" in warning["message"]
+    split = Split(tmp_path / "data", "train", damaged="substitute")
+    rows = split.shards[1].rows
+    found = final_state(job.run)["ledger.substitutes"].tolist()
+    first = split.shards[0].rows
+    assert [row[1] for row in found if row[0] == 0] == list(range(first, first + rows))
+    shown = [row[2] for row in found if row[0] == 0]
+    assert not set(shown) & set(range(first, first + rows)) and len(set(shown)) > rows // 2
+    assert all(finding.holds for finding in verify(job.run, tmp_path / "data"))

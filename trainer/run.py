@@ -138,6 +138,8 @@ class _Worker:
         _together(self.group, lambda: _check_same_data(self.job.run, data_hash, self.job.data))
         for path, why in broken:
             telemetry.event("checkpoint_broken", path=path, reason=why)
+        for why in self.train_split.unreadable:
+            telemetry.event("warning", message=f"{why} Until then other samples are shown in the place of its own.")
         telemetry.event(
             "start", world_size=self.group.world_size, workers=workers, data=str(self.job.data), data_sha256=data_hash,
             step=0 if saved is None else saved.step, recipe_sha256=_recipe_hash(self.recipe), torch=torch.__version__,
@@ -209,7 +211,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 def _open_data(job: Job, recipe: Recipe) -> tuple[Split, Split | None, Order]:
     """The training split, the held-out one where there is one, and the order; checks that the cache can hold them."""
     cache = None if isinstance(job.data, Path) else Cache(job.cache_directory, job.cache_bytes)
-    train_split = Split(job.data, "train", cache)
+    train_split = Split(job.data, "train", cache, recipe.input.damaged)
     val_split = Split(job.data, "val", cache) if train_split.manifest.num_samples("val") else None
     order = build_order(recipe, [shard.rows for shard in train_split.shards])
     if cache is not None:

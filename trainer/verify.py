@@ -28,7 +28,7 @@ def verify(
     starts = [event for event in run.events() if event["event"] == "start"]
     if not starts:
         raise LonghaulError(f"{run.path} has no start event: nothing was trained yet.")
-    split = Split(data or parse_location(starts[-1]["data"]), "train")
+    split = Split(data or parse_location(starts[-1]["data"]), "train", damaged=recipe.input.damaged)
     broken: list[str] = []
     saved = newest_valid(run.checkpoints, lambda _, why: broken.append(why))
     if saved is None:
