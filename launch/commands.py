@@ -219,7 +219,7 @@ def find_run(name: str, runs: Path) -> RunDirectory:
 
 
 def evaluate_checkpoint(
-    console: Console, target: str, data: Path | None, runs: Path, device: str, threads: int
+    console: Console, target: str, data: Path | None, runs: Path, device: str, threads: int, views: str
 ) -> None:
     """`longhaul eval`."""
     from trainer.score import score_checkpoint
@@ -227,10 +227,10 @@ def evaluate_checkpoint(
     checkpoint = Path(target)
     if (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == "checkpoints":
         run = RunDirectory(checkpoint.absolute().parent.parent).require()
-        score, saved = score_checkpoint(run, checkpoint.absolute(), data, device, threads)
+        score, saved = score_checkpoint(run, checkpoint.absolute(), data, device, threads, views)
     else:
         run = find_run(target, runs)
-        score, saved = score_checkpoint(run, None, data, device, threads)
+        score, saved = score_checkpoint(run, None, data, device, threads, views)
     figures = score.as_dict()
     console.print(
         f"{shown_path(saved.path)}: top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, "
