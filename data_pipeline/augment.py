@@ -28,10 +28,14 @@ def central(config: Input, sizes: NDArray[np.int32]) -> tuple[NDArray[np.int32],
 
     Rounded as torchvision's Resize and CenterCrop do, so that its published weights score here what they score there.
     """
-    resize = config.eval_resize or config.size
-    shorter = sizes.min(axis=1, keepdims=True).astype(np.int64)
-    targets = resize * sizes.astype(np.int64) // shorter
-    return targets.astype(np.int32), np.rint((targets - config.size) / 2).astype(np.int32)
+    targets = resized(config.eval_resize or config.size, sizes)
+    return targets, np.rint((targets - config.size) / 2).astype(np.int32)
+
+
+def resized(shorter: int, sizes: NDArray[np.int32]) -> NDArray[np.int32]:
+    """(height, width) of images resized to a shorter side, int32 [n, 2]; fractions are cut off."""
+    wide = sizes.astype(np.int64)
+    return (shorter * wide // wide.min(axis=1, keepdims=True)).astype(np.int32)
 
 
 @dataclass(frozen=True)

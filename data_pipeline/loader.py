@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 
 from configs import LonghaulError
 from configs.schema import Input, PadCrop
-from data_pipeline.augment import augment, central
+from data_pipeline.augment import augment
 from data_pipeline.buffers import Buffers
+from data_pipeline.distort import distortion_inputs
+from data_pipeline.erasing import erase
 from data_pipeline.feed import Feed, Sound, sound
 from data_pipeline.pipeline import decoded_shapes, evaluation_pipeline, options, training_pipeline
 from data_pipeline.records import EPOCH, SHOWN, training_records
+from data_pipeline.resolution import size_at
 from data_pipeline.split import Split
+from data_pipeline.views import Views, central_view
 
 
 class Stream(Protocol):
@@ -24,6 +28,12 @@ class Stream(Protocol):
 
     @property
     def seed(self) -> int: ...
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
 
     @property
     def micro_size(self) -> int: ...
@@ -38,15 +48,17 @@ class Batch:
     """One micro-batch.
 
     Attributes:
-        images: float32 [n, 3, size, size], normalised, on the device (channels-last strides).
-        labels: int64 [n], on the device.
+        images: float32 [n, 3, height, width], normalised, on the device (channels-last strides).
+        labels: int64 [n], on the device; after mixing float32 [n, classes], each row a distribution.
         records: int64 [n, 8] in training (`data_pipeline.records`), [n, 1] (sample id) in evaluation, as they came out
             of the pipeline beside the pixels.
+        others: further views of the same samples, in evaluation; each like `images`, but for height and width.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     records: NDArray[np.int64]
+    others: tuple[torch.Tensor, ...] = ()
 
 
 def training_batches(
@@ -61,13 +73,16 @@ def training_batches(
     check_sizes(split, config)
 
     def prepare(index: int) -> tuple[Sound, tuple[Any, ...]]:
-        epochs, ids = order.micro_batch(*work[index])
+        step, micro = work[index]
+        epochs, ids = order.micro_batch(step, micro)
         show = sound(split, ids, config.damaged)
         drawn = augment(config, order.seed, epochs, show.ids, split.sizes[show.ids])
         records = training_records(epochs, ids, show.ids, drawn)
         anchors, shapes = np.ascontiguousarray(drawn.boxes[:, :2]), np.ascontiguousarray(drawn.boxes[:, 2:])
-        sizes = () if isinstance(config.crop, PadCrop) else (np.full_like(shapes, config.size),)
-        return show, (anchors, shapes, drawn.flips, records, *sizes)
+        size = size_at(config, order.batch_size, order.num_samples, step)
+        sizes = () if isinstance(config.crop, PadCrop) else (np.full_like(shapes, size),)
+        distortions = distortion_inputs(config, order.seed, epochs, show.ids, size)
+        return show, (anchors, shapes, drawn.flips, records, *sizes, *distortions)
 
     def shifts(records: NDArray[np.int64]) -> NDArray[np.float32] | None:
         if not config.pca_colour:
@@ -78,28 +93,35 @@ def training_batches(
     feed = Feed(len(work), prepare)
     pipeline = training_pipeline(config, feed, **_options(split, order.micro_size, device, threads))
     buffers = Buffers()
-    for images, records in _run(pipeline, feed, split):
+    for (images,), records in _run(pipeline, feed, split):
         pixels = normalised(images.to(device), config, buffers, shifts(records))
+        erase(config, order.seed, pixels, records[:, EPOCH], records[:, SHOWN])
         yield Batch(pixels, _labels(split, records[:, SHOWN], device), records)
 
 
 def evaluation_batches(
-    split: Split, config: Input, batches: Sequence[NDArray[np.int64]], device: torch.device, threads: int
+    split: Split,
+    config: Input,
+    batches: Sequence[NDArray[np.int64]],
+    device: torch.device,
+    threads: int,
+    views: Views | None = None,
 ) -> Iterator[Batch]:
-    """Evaluation batches of the given sample ids; the last may be short."""
+    """Evaluation batches of the given sample ids, seen as `views` has it (None: the central crop); any may be short."""
     check_sizes(split, config)
+    views = views or central_view(config)
 
     def prepare(index: int) -> tuple[Sound, tuple[Any, ...]]:
         ids = batches[index]
-        boxes = () if config.eval_resize is None else central(config, split.sizes[ids])
-        return sound(split, ids, "fail"), (ids[:, None], *boxes)
+        return sound(split, ids, "fail"), (ids[:, None], *views.boxes(split.sizes[ids]))
 
     feed = Feed(len(batches), prepare)
     largest = max((len(ids) for ids in batches), default=1)
-    pipeline = evaluation_pipeline(config, feed, **_options(split, largest, device, threads))
+    pipeline = evaluation_pipeline(config, views.crops, feed, **_options(split, largest, device, threads))
     buffers = Buffers()
-    for images, records in _run(pipeline, feed, split):
-        yield Batch(normalised(images.to(device), config, buffers), _labels(split, records[:, 0], device), records)
+    for seen, records in _run(pipeline, feed, split):
+        images, *others = [normalised(view.to(device), config, buffers) for view in seen]
+        yield Batch(images, _labels(split, records[:, 0], device), records, tuple(others))
 
 
 def check_sizes(split: Split, config: Input) -> None:
@@ -132,20 +154,21 @@ def normalised(
     return rows.view(n, height, width, 3).permute(0, 3, 1, 2)
 
 
-def _run(pipeline: Any, feed: Feed, split: Split) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
+def _run(pipeline: Any, feed: Feed, split: Split) -> Iterator[tuple[list[torch.Tensor], NDArray[np.int64]]]:
+    """(uint8 [n, height, width, 3] of each view, records) of each batch."""
     # On a GPU what follows is only queued: what it reads is kept until two batches later.
     held: deque[Any] = deque(maxlen=2)
     try:
         while True:
             try:
-                images, records = pipeline.run()
+                *views, records = pipeline.run()
             except StopIteration:
                 return
             except RuntimeError:  # DALI does not say which image it could not decode
                 _name_undecodable(feed, split)
                 raise
-            held.append(images)
-            yield torch.from_dlpack(images.as_tensor()), np.array(records.as_tensor())
+            held.append(views)
+            yield [torch.from_dlpack(view.as_tensor()) for view in views], np.array(records.as_tensor())
     finally:
         feed.close()
 

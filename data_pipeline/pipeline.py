@@ -13,6 +13,8 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
 from configs.schema import Input, PadCrop
+from data_pipeline.distort import num_inputs
+from data_pipeline.photometric import distort
 from data_pipeline.resize import Resizer
 
 PREFETCH = 2
@@ -22,21 +24,23 @@ def training_pipeline(config: Input, source: Callable[[int], Any], **kwargs: Any
     """A built pipeline that gives (images uint8 [n, size, size, 3], records int64 [n, columns]).
 
     `source(i)` gives batch i: (images as the data set holds them, anchors int32 [n, 2], shapes int32 [n, 2], flips
-    int32 [n], records) and, where the crop is resized, (sizes int32 [n, 2]). The records pass through, so that what is
-    written into the ledger has travelled with the pixels.
+    int32 [n], records), where the crop is resized (sizes int32 [n, 2]), and what `distort.distortion_inputs` gives. The
+    records pass through, so that what is written into the ledger has travelled with the pixels.
     """
-    pipeline = _training(config=config, source=source, **kwargs)
+    # Only then: conditionals make DALI rewrite this module's source.
+    conditional = num_inputs(config) > 0
+    pipeline = _training(config=config, source=source, enable_conditionals=conditional, **kwargs)
     pipeline.build()
     return pipeline
 
 
-def evaluation_pipeline(config: Input, source: Callable[[int], Any], **kwargs: Any) -> Any:
-    """A built pipeline that gives (images uint8 [n, size, size, 3], ids int64 [n, 1]).
+def evaluation_pipeline(config: Input, crops: tuple[int, ...], source: Callable[[int], Any], **kwargs: Any) -> Any:
+    """A built pipeline that gives (each view uint8 [n, height, width, 3], ids int64 [n, 1]).
 
-    `source(i)` gives batch i: (images as the data set holds them, ids) and, where the recipe resizes, (sizes to resize
-    to int32 [n, 2], anchors of the crop int32 [n, 2]).
+    `source(i)` gives batch i: (images as the data set holds them, ids) and what `views.Views.boxes` gives. For each
+    number in `crops` the images are resized once, and as many views cut out of them; 0 keeps them whole.
     """
-    pipeline = _evaluation(config=config, source=source, **kwargs)
+    pipeline = _evaluation(config=config, crops=crops, source=source, **kwargs)
     pipeline.build()
     return pipeline
 
@@ -81,8 +85,9 @@ def _decode_only(jpegs: list[NDArray[np.uint8]]) -> Any:
 @pipeline_def
 def _training(config: Input, source: Callable[[int], Any], encoding: str, resizer: Resizer | None) -> Any:
     resizes = not isinstance(config.crop, PadCrop)
-    encoded, anchors, shapes, flips, records, *sizes = fn.external_source(
-        source=source, num_outputs=6 if resizes else 5, batch=True, no_copy=True
+    num_outputs = 5 + resizes + num_inputs(config)
+    encoded, anchors, shapes, flips, records, *others = fn.external_source(
+        source=source, num_outputs=num_outputs, batch=True, no_copy=True
     )
     if not resizes:
         images = fn.slice(
@@ -93,20 +98,24 @@ def _training(config: Input, source: Callable[[int], Any], encoding: str, resize
         images = fn.flip(images, horizontal=flips)
     else:
         region = _decoded_region(encoded, anchors, shapes, encoding, resizer)
-        images = _resized(region, sizes[0], flips, resizer)
-    return images, records
+        images = _resized(region, others.pop(0), flips, resizer)
+    return distort(config, images, others), records
 
 
 @pipeline_def
-def _evaluation(config: Input, source: Callable[[int], Any], encoding: str, resizer: Resizer | None) -> Any:
-    num_outputs = 2 if config.eval_resize is None else 4
+def _evaluation(
+    config: Input, crops: tuple[int, ...], source: Callable[[int], Any], encoding: str, resizer: Resizer | None
+) -> Any:
+    num_outputs = 2 + len(crops) + sum(crops)
     encoded, ids, *boxes = fn.external_source(source=source, num_outputs=num_outputs, batch=True, no_copy=True)
     images = _decoded(encoded, encoding, resizer)
-    if boxes:
-        sizes, anchors = boxes
-        images = _resized(images, sizes, None, resizer)
-        images = fn.slice(images, start=anchors, shape=[config.size, config.size], axes=(0, 1))
-    return images, ids
+    shape = [config.size, config.size]
+    views = []
+    for count in crops:
+        sizes, *anchors = [boxes.pop(0) for _ in range(1 + count)]
+        resized = _resized(images, sizes, None, resizer)
+        views += [fn.slice(resized, start=anchor, shape=shape, axes=(0, 1)) for anchor in anchors] or [resized]
+    return *(views or [images]), ids
 
 
 def _decoded(encoded: Any, encoding: str, resizer: Resizer | None) -> Any:

@@ -27,6 +27,14 @@ class _SameSamples:
     seed: int
 
     @property
+    def num_samples(self) -> int:
+        return len(self.ids)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.ids)
+
+    @property
     def micro_size(self) -> int:
         return len(self.ids)
 

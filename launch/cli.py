@@ -107,7 +107,11 @@ def train(
     )  # fmt: skip
 
 
-@app.command("eval", epilog="Examples:  longhaul eval demo   |   longhaul eval runs/demo/checkpoints/step-00000676")
+@app.command(
+    "eval",
+    epilog="Examples:  longhaul eval demo   |   longhaul eval demo --views flip   |   "
+    "longhaul eval runs/demo/checkpoints/step-00000676",
+)
 def evaluate(
     target: Annotated[str, typer.Argument(help="A run's name or directory, or a checkpoint's directory.")],
     data: DataOption = None,
@@ -116,11 +120,14 @@ def evaluate(
     threads: ThreadsOption = 0,
     cache_dir: CacheDirOption = None,
     cache_bytes: CacheBytesOption = None,
+    views: Annotated[
+        str, typer.Option(help="How each image is seen: central, flip, ten-crop or multi-scale; scores are averaged.")
+    ] = "central",
 ) -> None:
     """Score a checkpoint (of a run: its newest valid one) on every held-out image, each exactly once."""
     from launch.commands import evaluate_checkpoint
 
-    evaluate_checkpoint(console, target, data, runs, device, threads, cache_dir, cache_bytes)
+    evaluate_checkpoint(console, target, data, runs, device, threads, cache_dir, cache_bytes, views)
 
 
 @app.command(epilog="Example:  longhaul verify demo")

@@ -242,6 +242,7 @@ def evaluate_checkpoint(
     threads: int,
     cache_dir: Path | None,
     cache_bytes: str | None,
+    views: str,
 ) -> None:
     """`longhaul eval`."""
     from trainer.score import score_checkpoint
@@ -249,10 +250,10 @@ def evaluate_checkpoint(
     checkpoint, location, cache = Path(target), data and parse_location(data), _cache(cache_dir, cache_bytes)
     if (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == "checkpoints":
         run = RunDirectory(checkpoint.absolute().parent.parent).require()
-        score, saved = score_checkpoint(run, checkpoint.absolute(), location, device, threads, **cache)
+        score, saved = score_checkpoint(run, checkpoint.absolute(), location, device, threads, views, **cache)
     else:
         run = find_run(target, runs)
-        score, saved = score_checkpoint(run, None, location, device, threads, **cache)
+        score, saved = score_checkpoint(run, None, location, device, threads, views, **cache)
     figures = score.as_dict()
     console.print(
         f"{shown_path(saved.path)}: top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, "

@@ -81,6 +81,20 @@ def refusal(job: Job, world_size: int = 1, environment: dict[str, str] | None = 
     return found.pop()
 
 
+def scores(run: RunDirectory, views: str, world_size: int) -> list[tuple[int, int, int, float]]:
+    """What each of `world_size` workers finds as the score of a run: images, top-1, top-5 and the summed loss."""
+    found = _CONTEXT.Queue()
+    port = free_port()
+    processes = [
+        _CONTEXT.Process(target=_score, args=(run, views, rank, world_size, port, found)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    result = [found.get(timeout=60) for _ in processes]
+    assert wait(processes) == [0] * world_size
+    return result
+
+
 def wait_for(condition: Callable[[], Any], timeout: float = 90.0, pause: float = 0.002) -> Any:
     """The first true value of `condition()`."""
     deadline = time.monotonic() + timeout
@@ -138,3 +152,14 @@ def _main(
         if messages is None:
             raise
         messages.put(str(error))
+
+
+def _score(run: RunDirectory, views: str, rank: int, world_size: int, port: int, found: Any) -> None:
+    from trainer.score import score_checkpoint
+
+    os.environ.update(
+        GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    score, _ = score_checkpoint(run, None, None, "cpu", 1, views)
+    found.put((score.num_images, score.num_top1, score.num_top5, score.loss_sum))

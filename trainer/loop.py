@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from configs import Duration, Recipe
 from data_pipeline.loader import Batch, training_batches
+from data_pipeline.mixing import draw_mix, mix
 from data_pipeline.order import Order
 from data_pipeline.philox import philox
 from data_pipeline.records import substitutes
@@ -64,7 +65,7 @@ class Loop:
         while self.step < total:
             agreement.ask(self.requests.here())
             for micro in micros:
-                batch = self._load(batches)
+                batch = self._mix(self._load(batches), micro)
                 self._forward_backward(batch, micro, last=micro == micros[-1])
                 self._record(micro, batch)
             self._update()
@@ -94,6 +95,15 @@ class Loop:
         batch = next(batches)
         self.window.data_wait_seconds += time.monotonic() - began
         return batch
+
+    def _mix(self, batch: Batch, micro: int) -> Batch:
+        height, width = batch.images.shape[2:]
+        how = draw_mix(self.recipe.mixing, self.recipe.seed, self.step, micro, height, width)
+        if how is None:
+            return batch
+        num_classes = self.recipe.model.num_classes or len(self.train_split.manifest.classes)
+        images, targets = mix(batch.images, batch.labels, num_classes, how)
+        return replace(batch, images=images, labels=targets)
 
     def _forward_backward(self, batch: Batch, micro: int, last: bool) -> None:
         seed = forward_seed(self.recipe.seed, self.step, micro)

@@ -10,6 +10,7 @@ from configs import LonghaulError
 from data_pipeline.cache import Cache
 from data_pipeline.split import Split
 from data_pipeline.storage import Location, parse_location
+from data_pipeline.views import choose_views
 from trainer.checkpoint import Saved, check, like, load, newest_valid, open_checkpoint
 from trainer.engines import build_engine
 from trainer.evaluate import Score, evaluate
@@ -24,15 +25,18 @@ def score_checkpoint(
     data: Location | None,
     device: str,
     threads: int,
+    views: str = "central",
     cache_directory: Path | None = None,
     cache_bytes: int | None = None,
 ) -> tuple[Score, Saved]:
-    """Score `checkpoint` (None: the run's newest valid one) on the held-out split of `data` (None: the run's).
+    """Score `checkpoint` (None: the run's newest valid one) on the held-out split of `data` (None: the run's), seen in
+    `views` (a name in `data_pipeline.views.VIEWS`).
 
-    Raises LonghaulError where there is no such checkpoint, or nothing is held out.
+    Raises LonghaulError where there is no such checkpoint, no such views, or nothing is held out.
     """
-    saved = _choose(run, checkpoint)
     recipe = run.recipe()
+    chosen = choose_views(views, recipe.input, recipe.evaluate)
+    saved = _choose(run, checkpoint)
     if data is None:
         data = parse_location(next(event["data"] for event in run.events() if event["event"] == "start"))
     split = Split(data, "val", None if isinstance(data, Path) else Cache(cache_directory, cache_bytes))
@@ -44,7 +48,7 @@ def score_checkpoint(
         state = like(engine.export_state())
         load(saved, state, group)
         engine.import_state(state)
-        return evaluate(engine, split, recipe, group, threads), saved
+        return evaluate(engine, split, recipe, group, threads, chosen), saved
 
 
 def _choose(run: RunDirectory, checkpoint: Path | None) -> Saved:
