@@ -49,7 +49,9 @@ class Manifest:
         indexes: the index of each split.
         mean, std: per channel over the training pixels, images in [0, 1].
         encoding: what the column `image` holds: "jpeg", or "raw" for uint8 pixels [height, width, 3] (RGB).
-        quarantined: key and reason of each image that was left out.
+        options: how it was prepared: `shuffled`, `shard_bytes`, and the fields of `ingest.Options`.
+        source_bytes: of the images that were read.
+        quarantined: key, kind and reason of each image that was left out.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Manifest:
     std: list[float]
     source: str
     encoding: str = "jpeg"
+    options: dict[str, Any] = field(default_factory=dict)
+    source_bytes: int = 0
     quarantined: list[dict[str, str]] = field(default_factory=list)
     format: int = FORMAT
 
