@@ -20,7 +20,7 @@ class Options:
     """In which form images are stored; by default as they are in the source, byte for byte.
 
     Attributes:
-        max_side: images whose longer side has more pixels are scaled down to it (Lanczos, antialiased).
+        max_side: images whose longer side has more pixels are scaled down to it (bicubic, antialiased).
         quality: JPEG quality, 1 to 100, at which every image is encoded again (chroma 4:2:0). Without it only images
             that have to be (resized, turned, or no RGB or grey JPEG) are, at 95 and with full chroma.
         raw: store pixels (uint8 RGB) rather than JPEG.
@@ -99,7 +99,7 @@ def _stored(image: Image.Image, data: bytes, options: Options, with_histogram: b
     longer = max(pixels.size)
     if options.max_side is not None and longer > options.max_side:
         width, height = (max(1, round(side * options.max_side / longer)) for side in pixels.size)
-        pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+        pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
     if options.raw:
         data = pixels.tobytes()
     elif options.quality is not None:
