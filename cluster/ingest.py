@@ -12,6 +12,9 @@ from data_pipeline.ingest.plan import Task
 
 _MAX_RETRIES = 10  # of a shard whose machine or process was lost
 
+# In a Ray worker: what its tasks share, by the plan's id, so that what a source has read of its archive is kept.
+_known: dict[str, WriteShard] = {}
+
 
 def on_ray(num_workers: int) -> Executor:
     """An executor on the connected cluster, with `num_workers` tasks at a time; raises LonghaulError where it has
@@ -21,14 +24,14 @@ def on_ray(num_workers: int) -> Executor:
         raise LonghaulError(f"--workers {num_workers}: the cluster has {cpus} CPUs, and each worker needs one.")
 
     def run(work: WriteShard, tasks: Sequence[Task], progress: Callable[[int], None]) -> Iterator[ShardReport]:
-        shared = ray.put(work)
+        shared = [ray.put(work)]  # in a list Ray passes the reference on
         waiting = iter(tasks)
         running: dict[Any, Task] = {}
         finished = 0
         try:
             while True:
                 while len(running) < num_workers and (task := next(waiting, None)) is not None:
-                    running[_write.remote(shared, task)] = task
+                    running[_write.remote(work.plan_id, shared, task)] = task
                 if not running:
                     return
                 ready, _ = ray.wait(list(running))
@@ -46,8 +49,10 @@ def on_ray(num_workers: int) -> Executor:
 
 
 @ray.remote(num_cpus=1, max_retries=_MAX_RETRIES)
-def _write(work: WriteShard, task: Task) -> ShardReport:
-    return work(task, lambda _: None)
+def _write(plan_id: str, shared: list[Any], task: Task) -> ShardReport:
+    if plan_id not in _known:
+        _known[plan_id] = ray.get(shared[0])
+    return _known[plan_id](task, lambda _: None)
 
 
 def _result(reference: Any, task: Task) -> ShardReport:

@@ -26,7 +26,7 @@ from data_pipeline.ingest import Executor, Options, fingerprint, local_processes
 from data_pipeline.shards import Manifest
 from launch.view import interrupt, typed_command
 
-_LOG_SECONDS = 30.0
+_BAR_SECONDS, _LOG_SECONDS = 0.1, 30.0
 
 
 def prepare_data(
@@ -111,7 +111,7 @@ class _Progress:
         )  # fmt: skip
         self._task = self._bar.add_task("listing", total=None)
         self._first: tuple[float, int] | None = None
-        self._began = self._told = time.monotonic()
+        self._shown = self._told = time.monotonic()
         self._done = 0
 
     def __enter__(self) -> "_Progress":
@@ -129,6 +129,9 @@ class _Progress:
         if self._first is None:
             self._first = (now, done)
         self._done = done
+        if now - self._shown < _BAR_SECONDS and done < total:
+            return
+        self._shown = now
         self._bar.update(self._task, description="images", completed=done, total=total)
         if not self._console.is_terminal and now - self._told >= _LOG_SECONDS:
             self._told = now

@@ -365,11 +365,37 @@ def test_a_shard_without_a_usable_image_leaves_a_gap_in_the_names_and_none_in_th
     assert [bytes(view) for view in split.images(everything(split))] == good
 
 
+@pytest.mark.parametrize("images", [[], [b"no"], [OSError("gone")]])
+def test_a_source_without_a_training_image_is_refused_and_only_a_plan_to_go_on_with_is_left(
+    tmp_path: Path, images: list[bytes | OSError]
+) -> None:
+    told = {0: "There are no images", 1: "No image of 'given' could be decoded.*0000: its format is unknown"}
+    told_here = "None of the 1 images" if images and isinstance(images[0], OSError) else told[len(images)]
+    with pytest.raises(LonghaulError, match=told_here):
+        prepare(Broken(images), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ([".out.unfinished"] if "None of" in told_here else [])
+
+
 def test_a_source_that_is_gone_is_told_apart_from_bad_images(tmp_path: Path) -> None:
     source = Broken([OSError("Stale file handle")] * 3)
     with pytest.raises(LonghaulError, match=r"None of the 3 images of train-00000.arrow.*Stale file handle"):
         prepare(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_archive_that_is_gone_is_one_sentence_and_it_goes_on_when_it_is_back(tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "a.zip", small_tree(8))
+    source = open_source(str(archive), 0.0)
+    with pytest.raises(Stop):
+        prepare(source, tmp_path / "out", SHARD, stop_at(20))
+    archive.rename(tmp_path / "b.zip")
+    for jobs in (1, 2):
+        with pytest.raises(LonghaulError, match=r"'a' cannot be read .*No such file.*the same command goes on"):
+            prepare(source, tmp_path / "out", SHARD, executor=local_processes(jobs))
+    (tmp_path / "b.zip").rename(archive)
+    prepare(source, tmp_path / "out", SHARD)
+    prepare(source, tmp_path / "calm", SHARD)
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
 
 
 def test_more_pixels_than_a_shard_can_hold_are_refused_with_the_mend(
@@ -466,6 +492,16 @@ def test_another_source_or_option_is_refused_until_it_is_to_begin_anew(
     assert f"({told})" in str(refused.value) and "--restart" in str(refused.value)
     prepare(source, tmp_path / "out", restart=True, **given)
     prepare(source, tmp_path / "fresh", **given)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_restart_that_was_killed_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    source = open_source(str(tree(tmp_path)), 0.0)
+    with pytest.raises(Stop):
+        prepare(source, tmp_path / "out", SHARD, stop_at(20))
+    (tmp_path / ".out.unfinished" / "plan.arrow").unlink()  # the first thing that it does
+    prepare(source, tmp_path / "out", 2 * SHARD)
+    prepare(source, tmp_path / "fresh", 2 * SHARD)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 

@@ -38,7 +38,8 @@ class Unfinished:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep others out; raises LonghaulError when one is in."""
+        """Keep others out; raises LonghaulError when one is in. Where there is nothing to go on with, the directory is
+        removed in the end."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("w")
@@ -47,7 +48,11 @@ class Unfinished:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise LonghaulError(f"Another `prepare` is writing {self.out}: wait for it or stop it.") from None
-            yield
+            try:
+                yield
+            finally:
+                if not (self.path / "plan.arrow").exists():
+                    shutil.rmtree(self.path, ignore_errors=True)
 
     def clear(self) -> None:
         """Forget all that was done."""
@@ -61,6 +66,8 @@ class Unfinished:
     def plan(self, source: Source, settings: Settings) -> Plan:
         """The plan that is there, or a new one; raises LonghaulError when the one that is there was made otherwise."""
         shutil.rmtree(self.path / "tmp", ignore_errors=True)
+        if not (self.path / "plan.arrow").exists():
+            self.clear()  # what a `clear` that was killed has left
         with writing(self.path):
             for name in ("tmp", "data", "done"):
                 (self.path / name).mkdir(exist_ok=True)
@@ -104,4 +111,4 @@ class Unfinished:
             synchronise(data)
             data.rename(self.out)
             synchronise(self.out.parent)
-        shutil.rmtree(self.path)
+        self.clear()
