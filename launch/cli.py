@@ -56,7 +56,9 @@ def _main(
 
 
 @app.command(
-    epilog="Examples:  longhaul prepare digits --out data/digits   |   longhaul prepare cifar10/ --out data/cifar10"
+    epilog="Examples:  longhaul prepare digits --out data/digits   |   "
+    "longhaul prepare imagenet/ --out data/imagenet   |   "
+    "longhaul prepare imagenet/ --out data/imagenet-small --max-side 500 --quality 90"
 )
 def prepare(
     source: Annotated[str, typer.Argument(help="'digits', or a directory, zip or tar with a folder for each class.")],
@@ -64,15 +66,39 @@ def prepare(
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="Share to hold out where the source has no val/ or test/.")
     ] = 0.0,
+    max_side: Annotated[
+        int | None, typer.Option(min=1, help="Scale images down whose longer side has more pixels.")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Encode every image again, at this JPEG quality.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Store pixels rather than JPEG; best with --max-side.")] = False,
+    upright: Annotated[
+        bool, typer.Option("--upright", help="Turn images as their EXIF orientation says (otherwise ignored).")
+    ] = False,
+    keep_order: Annotated[
+        bool, typer.Option("--keep-order", help="Store training images in the source's order, not a shuffled one.")
+    ] = False,
+    shard_mib: Annotated[int, typer.Option(min=1, max=1024, help="About the size of a shard, in MiB.")] = 128,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes on this machine (0: one for each core).")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Workers on a Ray cluster instead; --out is on storage that all machines share.")
+    ] = 0,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget what an interrupted command for the same --out has done.")
+    ] = False,
 ) -> None:
     """Write images into Arrow shards, each verified by decoding it.
 
     A tree with [bold]train/CLASS/*.jpg[/bold] and [bold]val/[/bold] or [bold]test/[/bold] keeps its splits; a plain
-    [bold]CLASS/*.jpg[/bold] tree is all for training, but the share --holdout.
+    [bold]CLASS/*.jpg[/bold] tree is all for training, but the share --holdout. Interrupted, the same command goes on
+    where it was. Images are stored byte for byte but for --max-side, --quality, --raw and --upright.
     """
+    from data_pipeline.ingest import Options
     from launch.commands import prepare_data
 
-    prepare_data(console, source, out, holdout)
+    options = Options(max_side, quality, raw, upright)
+    prepare_data(console, source, out, holdout, options, shard_mib, keep_order, jobs, workers, restart)
 
 
 @app.command(

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import typer
@@ -19,33 +18,11 @@ from data_pipeline.cache import parse_bytes
 from data_pipeline.shards import Manifest
 from data_pipeline.split import read_manifest
 from data_pipeline.storage import Location, parse_location
+from launch.prepare import prepare_data
 from launch.tables import bar, findings_table
-from launch.view import View, shown_path
+from launch.view import View, interrupt, shown_path, typed_command
 from trainer.job import Job
 from trainer.rundir import RunDirectory, settle_recipe
-
-
-def prepare_data(console: Console, source: str, out: Path, holdout: float) -> None:
-    """`longhaul prepare`."""
-    from data_pipeline.ingest import prepare
-    from data_pipeline.sources import open_source
-
-    with bar(console) as progress:
-        task = progress.add_task("images", total=None)
-        manifest = prepare(
-            open_source(source, holdout),
-            out,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    counts = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in manifest.splits)
-    console.print(f"{out}: {counts}; {len(manifest.classes):,} classes; mean {manifest.mean}, std {manifest.std}")
-    if "val" not in manifest.splits:
-        console.print("[yellow]Nothing is held out, so runs on it will not be evaluated; --holdout 0.1 keeps a tenth.")
-    if manifest.quarantined:
-        console.print(
-            f"[yellow]{len(manifest.quarantined)} images could not be decoded and were left out; "
-            f"{out / 'manifest.json'} names them under 'quarantined'."
-        )
 
 
 def train_run(
@@ -102,7 +79,7 @@ def _find_data(console: Console, recipe: Recipe, data: str | None, run: RunDirec
         _wait_until_there(embedded)
     elif not embedded.exists():
         console.print(f"Writing the embedded digits into {shown_path(embedded)}")
-        prepare_data(console, "digits", embedded, 0.0)
+        prepare_data(console, "digits", embedded)
     return embedded
 
 
@@ -161,7 +138,7 @@ def _train_on_ray(console: Console, job: Job, workers: int, max_failures: int) -
             failure.append(error)
 
     fitting = threading.Thread(target=fit, daemon=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     fitting.start()
     try:
         view.follow(fitting.is_alive)
@@ -180,11 +157,6 @@ def _keep_asking(run: RunDirectory) -> bool:
     return True
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise KeyboardInterrupt
-
-
 def _conclude(console: Console, run: RunDirectory, view: View) -> None:
     """Say how it ended, write the report, and leave with the right exit code."""
     if view.errors:
@@ -193,7 +165,7 @@ def _conclude(console: Console, run: RunDirectory, view: View) -> None:
 
     report = write_report(run)
     if view.last.get("event") != "finished":
-        console.print(f"Go on with the same command: {_typed()}", highlight=False)
+        console.print(f"Go on with the same command: {typed_command()}", highlight=False)
         raise typer.Exit(130)
     _show_result(console, run)
     console.print(f"Report: {shown_path(report)}", highlight=False)
@@ -206,11 +178,6 @@ def _under_torchrun(workers: int) -> str:
         at = arguments.index("--workers")
         del arguments[at : at + 2]
     return f"torchrun --nproc-per-node {workers} -m launch.cli {shlex.join(arguments)}"
-
-
-def _typed() -> str:
-    """The command as the user typed it; launch/train.py passes on what was typed on another machine."""
-    return os.environ.get("LONGHAUL_COMMAND") or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _show_result(console: Console, run: RunDirectory) -> None:

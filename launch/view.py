@@ -1,9 +1,13 @@
 """What people see while a run goes on: its events as a live progress bar on a terminal, as quiet lines in a log."""
 
 import json
+import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -127,3 +131,14 @@ def shown_path(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def typed_command() -> str:
+    """The command as the user typed it; launch/train.py passes on what was typed on another machine."""
+    return os.environ.get("LONGHAUL_COMMAND") or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A signal handler that does what Ctrl-C does."""
+    del number, frame
+    raise KeyboardInterrupt

@@ -104,6 +104,13 @@ def test_from_images_to_report_in_one_process(cli, tmp_path: Path) -> None:  # t
     assert cli("verify", "t")[0] == 2, "no checkpoint is left that verifies"
 
 
+def test_prepare_writes_quiet_lines_into_a_log(cli, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("launch.prepare._LOG_SECONDS", 0.2)  # instead of 30 s
+    code, output = cli("prepare", "digits", "--out", "d")
+    lines = [line for line in output.splitlines() if "of 1,797 images" in line]
+    assert code == 0 and lines and all("images/s, about" in line and "left" in line for line in lines)
+
+
 @pytest.mark.slow
 def test_two_torchrun_processes_need_no_ray_and_write_the_embedded_data_once(tmp_path: Path) -> None:
     train = ("-m", "launch.cli", "train", "digits", "duration=4it", "--name", "t", "--runs", str(tmp_path / "runs"))
