@@ -7,8 +7,6 @@ from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -17,27 +15,9 @@ from pydantic import (
     model_validator,
 )
 
+from configs.augmentation import AutoAugment, ColourJitter, Erasing, Mixing, Progressive
 from configs.duration import Duration
-
-
-def _positive(length: Duration) -> Duration:
-    if length.value <= 0:
-        raise ValueError(f"'{length}' must be more than zero")
-    return length
-
-
-def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
-    if bounds[0] > bounds[1]:
-        raise ValueError(f"give the smaller bound first: [{bounds[1]}, {bounds[0]}]")
-    return bounds
-
-
-PositiveDuration = Annotated[Duration, AfterValidator(_positive)]
-Bounds = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from configs.section import Bounds, PositiveDuration, Section, ascending
 
 
 class Model(Section):
@@ -70,6 +50,23 @@ class Batch(Section):
         return self.size // self.micro
 
 
+class GlobalShuffle(Section):
+    """Every epoch is one random permutation of all samples."""
+
+    kind: Literal["global"] = "global"
+
+
+class WindowedShuffle(Section):
+    """Every epoch permutes the shards, and shuffles the samples of at most `shards` of them at a time: for data on
+    remote storage, of which a machine then needs two windows at a time. See docs/data-remote.md on how random it is."""
+
+    kind: Literal["windowed"] = "windowed"
+    shards: PositiveInt = 64
+
+
+Shuffle = Annotated[GlobalShuffle | WindowedShuffle, Field(discriminator="kind")]
+
+
 class ResizedCrop(Section):
     """Inception-style crop: area and aspect ratio drawn, resized to `size` (torchvision's RandomResizedCrop)."""
 
@@ -82,7 +79,7 @@ class ScaleCrop(Section):
     """The paper's crop: shorter side drawn from `shorter`, then a random `size` x `size` crop."""
 
     kind: Literal["scale_crop"] = "scale_crop"
-    shorter: Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_ascending)] = (256, 480)
+    shorter: Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(ascending)] = (256, 480)
 
 
 class PadCrop(Section):
@@ -98,8 +95,13 @@ Crop = Annotated[ResizedCrop | ScaleCrop | PadCrop, Field(discriminator="kind")]
 class Input(Section):
     """What the network sees. `mean` and `std` are per channel (RGB), for images in [0, 1].
 
-    Evaluation takes the central `size` x `size` crop of the image whose shorter side was resized to
-    `eval_resize`; null means that images already have the right size.
+    Training images are cropped, resized, flipped, jittered (`colour_jitter`), distorted (`auto_augment`), shifted in
+    colour (`pca_colour`), normalised and erased (`erasing`), in this order. Evaluation takes the central `size` x
+    `size` crop of the image whose shorter side was resized to `eval_resize`; null means that images already have the
+    right size.
+
+    `damaged` says what to do with a training image whose bytes are no longer those that were ingested: "fail", or
+    "substitute" another, which is recorded. A score is never taken of a substitute.
     """
 
     size: PositiveInt
@@ -108,7 +110,28 @@ class Input(Section):
     crop: Crop
     flip: bool = True
     pca_colour: NonNegativeFloat = 0.0
+    colour_jitter: ColourJitter | None = None
+    auto_augment: AutoAugment | None = None
+    erasing: Erasing | None = None
+    progressive: Progressive | None = None
     eval_resize: PositiveInt | None = None
+    damaged: Literal["fail", "substitute"] = "fail"
+
+    @model_validator(mode="after")
+    def _progressive_sizes_grow(self) -> "Input":
+        if self.progressive is None:
+            return self
+        if isinstance(self.crop, PadCrop):
+            raise ValueError(
+                "input.progressive needs a crop that is resized, and input.crop is a pad_crop: use a resized_crop, or "
+                "leave input.progressive out"
+            )
+        first, last = self.progressive.start_size, self.progressive.end_size or self.size
+        if first > last:
+            raise ValueError(
+                f"input.progressive.start_size={first} is larger than the size to end with, {last}: images only grow"
+            )
+        return self
 
     @model_validator(mode="after")
     def _resize_covers_the_crop(self) -> "Input":
@@ -180,10 +203,14 @@ class Checkpoint(Section):
 
 
 class Evaluate(Section):
-    """When the held-out split is evaluated (always after the last step too), in micro-batches of `batch`."""
+    """When the held-out split is evaluated (always after the last step too), in micro-batches of `batch`.
+
+    `scales` are the shorter sides of `longhaul eval --views multi-scale` (by default those of He et al. 2015, 3.4).
+    """
 
     every: PositiveDuration = Duration.parse("1ep")
     batch: PositiveInt = 64
+    scales: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (224, 256, 384, 480, 640)
 
 
 class Log(Section):
@@ -202,9 +229,11 @@ class Recipe(Section):
     duration: PositiveDuration
     model: Model
     batch: Batch
+    order: Shuffle = GlobalShuffle()
     input: Input
     optimizer: Sgd = Sgd()
     schedule: Schedule
+    mixing: Mixing = Mixing()
     loss: Loss = Loss()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()

@@ -23,15 +23,19 @@ _PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
 _PCA_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 
 
-def central(config: Input, sizes: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+def central(config: Input, sizes: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """How images are seen in evaluation: (height, width) to resize each to, and (y, x) of the central crop in that.
 
     Rounded as torchvision's Resize and CenterCrop do, so that its published weights score here what they score there.
     """
-    resize = config.eval_resize or config.size
-    shorter = sizes.min(axis=1, keepdims=True).astype(np.int64)
-    targets = resize * sizes.astype(np.int64) // shorter
-    return targets.astype(np.float32), np.rint((targets - config.size) / 2).astype(np.int32)
+    targets = resized(config.eval_resize or config.size, sizes)
+    return targets, np.rint((targets - config.size) / 2).astype(np.int32)
+
+
+def resized(shorter: int, sizes: NDArray[np.int32]) -> NDArray[np.int32]:
+    """(height, width) of images resized to a shorter side, int32 [n, 2]; fractions are cut off."""
+    wide = sizes.astype(np.int64)
+    return (shorter * wide // wide.min(axis=1, keepdims=True)).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,46 @@
 """Batches on the device, in an order given from outside and prefetched."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from configs import LonghaulError
-from configs.schema import Input
-from data_pipeline.augment import augment, central
-from data_pipeline.order import Order
-from data_pipeline.pipeline import PREFETCH, evaluation_pipeline, options, training_pipeline
+from configs.schema import Input, PadCrop
+from data_pipeline.augment import augment
+from data_pipeline.buffers import Buffers
+from data_pipeline.distort import distortion_inputs
+from data_pipeline.erasing import erase
+from data_pipeline.feed import Feed, Sound, sound
+from data_pipeline.pipeline import decoded_shapes, evaluation_pipeline, options, training_pipeline
+from data_pipeline.records import EPOCH, SHOWN, training_records
+from data_pipeline.resolution import size_at
 from data_pipeline.split import Split
+from data_pipeline.views import Views, central_view
+
+
+class Stream(Protocol):
+    """The order of samples, as the loader needs it (`data_pipeline.order`)."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def micro_size(self) -> int: ...
+
+    def micro_batch(self, step: int, micro: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(epochs, sample ids) of a micro-batch, each int64 [micro_size]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,77 +48,80 @@ class Batch:
     """One micro-batch.
 
     Attributes:
-        images: float32 [n, 3, size, size], normalised, on the device (channels-last strides).
-        labels: int64 [n], on the device.
-        records: int64 [n, 7] (epoch, sample id, y, x, height, width, flip) in training, [n, 1] (sample id) in
-            evaluation, as they came out of the pipeline beside the pixels.
+        images: float32 [n, 3, height, width], normalised, on the device (channels-last strides).
+        labels: int64 [n], on the device; after mixing float32 [n, classes], each row a distribution.
+        records: int64 [n, 8] in training (`data_pipeline.records`), [n, 1] (sample id) in evaluation, as they came out
+            of the pipeline beside the pixels.
+        others: further views of the same samples, in evaluation; each like `images`, but for height and width.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     records: NDArray[np.int64]
+    others: tuple[torch.Tensor, ...] = ()
 
 
 def training_batches(
     split: Split,
     config: Input,
-    order: Order,
+    order: Stream,
     work: Sequence[tuple[int, int]],
     device: torch.device,
     threads: int,
 ) -> Iterator[Batch]:
     """The micro-batches `work`, a sequence of (step, micro) that may be as long as the run; it is not copied."""
     check_sizes(split, config)
-    ring: deque[Any] = deque(maxlen=PREFETCH + 4)  # no_copy: DALI keeps no reference to what it is given
 
-    def source(index: int) -> Any:
-        if index >= len(work):
-            raise StopIteration
-        epochs, ids = order.micro_batch(*work[index])
-        drawn = augment(config, order.seed, epochs, ids, split.sizes[ids])
-        records = np.concatenate(
-            [
-                epochs[:, None],
-                ids[:, None],
-                drawn.boxes.astype(np.int64),
-                drawn.flips[:, None].astype(np.int64),
-            ],
-            axis=1,
-        )
+    def prepare(index: int) -> tuple[Sound, tuple[Any, ...]]:
+        step, micro = work[index]
+        epochs, ids = order.micro_batch(step, micro)
+        show = sound(split, ids, config.damaged)
+        drawn = augment(config, order.seed, epochs, show.ids, split.sizes[show.ids])
+        records = training_records(epochs, ids, show.ids, drawn)
         anchors, shapes = np.ascontiguousarray(drawn.boxes[:, :2]), np.ascontiguousarray(drawn.boxes[:, 2:])
-        given = (split.images(ids), anchors, shapes, drawn.flips, records)
-        ring.append((ids, given))
-        return given
+        size = size_at(config, order.batch_size, order.num_samples, step)
+        sizes = () if isinstance(config.crop, PadCrop) else (np.full_like(shapes, size),)
+        distortions = distortion_inputs(config, order.seed, epochs, show.ids, size)
+        return show, (anchors, shapes, drawn.flips, records, *sizes, *distortions)
 
-    def shifts(records: NDArray[np.int64]) -> torch.Tensor | None:
+    def shifts(records: NDArray[np.int64]) -> NDArray[np.float32] | None:
         if not config.pca_colour:
             return None
-        drawn = augment(config, order.seed, records[:, 0], records[:, 1], split.sizes[records[:, 1]])
-        return torch.from_numpy(drawn.shifts)
+        shown = records[:, SHOWN]
+        return augment(config, order.seed, records[:, EPOCH], shown, split.sizes[shown]).shifts
 
-    pipeline = training_pipeline(config, source, **options(order.micro_size, _device_id(device), threads))
-    return _iterate(pipeline, ring, split, config, device, shifts, id_column=1)
+    feed = Feed(len(work), prepare)
+    pipeline = training_pipeline(config, feed, **_options(split, order.micro_size, device, threads))
+    buffers = Buffers()
+    for (images,), records in _run(pipeline, feed, split):
+        pixels = normalised(images.to(device), config, buffers, shifts(records))
+        erase(config, order.seed, pixels, records[:, EPOCH], records[:, SHOWN])
+        yield Batch(pixels, _labels(split, records[:, SHOWN], device), records)
 
 
 def evaluation_batches(
-    split: Split, config: Input, batches: Sequence[NDArray[np.int64]], device: torch.device, threads: int
+    split: Split,
+    config: Input,
+    batches: Sequence[NDArray[np.int64]],
+    device: torch.device,
+    threads: int,
+    views: Views | None = None,
 ) -> Iterator[Batch]:
-    """Evaluation batches of the given sample ids; the last may be short."""
+    """Evaluation batches of the given sample ids, seen as `views` has it (None: the central crop); any may be short."""
     check_sizes(split, config)
-    ring: deque[Any] = deque(maxlen=PREFETCH + 4)
+    views = views or central_view(config)
 
-    def source(index: int) -> Any:
-        if index >= len(batches):
-            raise StopIteration
+    def prepare(index: int) -> tuple[Sound, tuple[Any, ...]]:
         ids = batches[index]
-        boxes = () if config.eval_resize is None else central(config, split.sizes[ids])
-        given = (split.images(ids), ids[:, None], *boxes)
-        ring.append((ids, given))
-        return given
+        return sound(split, ids, "fail"), (ids[:, None], *views.boxes(split.sizes[ids]))
 
+    feed = Feed(len(batches), prepare)
     largest = max((len(ids) for ids in batches), default=1)
-    pipeline = evaluation_pipeline(config, source, **options(largest, _device_id(device), threads))
-    return _iterate(pipeline, ring, split, config, device, lambda _: None, id_column=0)
+    pipeline = evaluation_pipeline(config, views.crops, feed, **_options(split, largest, device, threads))
+    buffers = Buffers()
+    for seen, records in _run(pipeline, feed, split):
+        images, *others = [normalised(view.to(device), config, buffers) for view in seen]
+        yield Batch(images, _labels(split, records[:, 0], device), records, tuple(others))
 
 
 def check_sizes(split: Split, config: Input) -> None:
@@ -107,42 +136,61 @@ def check_sizes(split: Split, config: Input) -> None:
             )
 
 
-def _iterate(
-    pipeline: Any,
-    recent: Iterable[tuple[NDArray[np.int64], Any]],
-    split: Split,
-    config: Input,
-    device: torch.device,
-    shifts: Callable[[NDArray[np.int64]], torch.Tensor | None],
-    id_column: int,
-) -> Iterator[Batch]:
-    mean = 255 * torch.tensor(config.mean, device=device).view(3, 1, 1)
-    scale = 1 / (255 * torch.tensor(config.std, device=device).view(3, 1, 1))
-    # On a GPU the copy below is only queued: what it reads is kept until two batches later.
+def normalised(
+    images: torch.Tensor, config: Input, buffers: Buffers, shifts: NDArray[np.float32] | None = None
+) -> torch.Tensor:
+    """uint8 [n, height, width, 3] as float32 [n, 3, height, width], channels-last, with the recipe's mean and standard
+    deviation; `shifts`, float32 [n, 3], is added to images in [0, 1] before."""
+    n, height, width, _ = images.shape
+    scale = 1 / (255 * torch.tensor(config.std))
+    offset = (-255 * torch.tensor(config.mean) * scale).expand(n, 3)
+    if shifts is not None:
+        offset = offset + 255 * torch.from_numpy(shifts) * scale
+    # A row at a time, as one vector: broadcasting over three channels would leave vector units idle.
+    whole = images.reshape(n, height, 3 * width)
+    rows = buffers.take(tuple(whole.shape)).copy_(whole) if images.device.type == "cpu" else whole.to(torch.float32)
+    scales, offsets = scale.repeat(width).to(images.device), offset.repeat(1, width)[:, None].to(images.device)
+    torch.addcmul(offsets, rows, scales, out=rows)
+    return rows.view(n, height, width, 3).permute(0, 3, 1, 2)
+
+
+def _run(pipeline: Any, feed: Feed, split: Split) -> Iterator[tuple[list[torch.Tensor], NDArray[np.int64]]]:
+    """(uint8 [n, height, width, 3] of each view, records) of each batch."""
+    # On a GPU what follows is only queued: what it reads is kept until two batches later.
     held: deque[Any] = deque(maxlen=2)
-    while True:
-        try:
-            images, records = pipeline.run()
-        except StopIteration:
-            return
-        except RuntimeError:  # DALI does not say which image it could not decode
-            for ids, given in recent:
-                for place in split.damaged(ids, given[0]):
-                    sample = int(ids[place])
-                    raise LonghaulError(
-                        f"{split.where(sample)}: the image {split.key(sample)} does not have the bytes that were "
-                        f"written: prepare the data set again."
-                    ) from None
-            raise
-        held.append(images)
-        pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).to(device, torch.float32)
-        rows = np.array(records.as_tensor())
-        shift = shifts(rows)
-        if shift is not None:
-            pixels.add_(255 * shift.to(device)[:, :, None, None])
-        pixels.sub_(mean).mul_(scale)
-        labels = torch.from_numpy(split.labels[rows[:, id_column]].astype(np.int64)).to(device)
-        yield Batch(pixels, labels, rows)
+    try:
+        while True:
+            try:
+                *views, records = pipeline.run()
+            except StopIteration:
+                return
+            except RuntimeError:  # DALI does not say which image it could not decode
+                _name_undecodable(feed, split)
+                raise
+            held.append(views)
+            yield [torch.from_dlpack(view.as_tensor()) for view in views], np.array(records.as_tensor())
+    finally:
+        feed.close()
+
+
+def _name_undecodable(feed: Feed, split: Split) -> None:
+    given = feed.recent()
+    shapes = decoded_shapes([image for _, image in given], threads=1)
+    for (sample, _), shape in zip(given, shapes, strict=True):
+        if shape is not None:
+            continue
+        raise LonghaulError(
+            f"{split.where(sample)} has the bytes that were written, but DALI cannot decode it: "
+            f"leave the image out and prepare the data set again."
+        ) from None
+
+
+def _labels(split: Split, ids: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(split.labels[ids].astype(np.int64)).to(device)
+
+
+def _options(split: Split, largest: int, device: torch.device, threads: int) -> dict[str, Any]:
+    return options(largest, _device_id(device), threads, split.manifest.encoding)
 
 
 def _device_id(device: torch.device) -> int | None:

@@ -3,22 +3,30 @@
 Training reads one endless stream of samples: epoch 0 in its shuffled order, then epoch 1 in another, and so on. Step s
 takes positions [s * size, (s + 1) * size), micro-batch m of it the m-th equal part. Batches run over the border of two
 epochs, so every epoch uses every sample exactly once although `size` need not divide their number.
+
+Two orders: `Order` shuffles a whole epoch at once; `WindowedOrder` keeps to a few shards at a time, for data that has
+to be fetched shard by shard.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from configs import Recipe
+from configs.schema import WindowedShuffle
 from data_pipeline.philox import mix64, philox
 
 _ROUNDS = 8
+_GLOBAL, _SHARDS, _WINDOW = 0xFFFF_FFFF, 0xFFFF_FFFD, 0xFFFF_FFFC  # apart from what anything else draws for
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a run.
+    """The order of a run: each epoch is one permutation of all samples.
 
     Attributes:
         seed: the recipe's seed.
@@ -45,23 +53,111 @@ class Order:
         ids = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            ids[here] = permute(self.seed, int(epoch), within[here], self.num_samples)
+            ids[here] = self._shuffle(int(epoch), within[here])
         return epochs, ids
 
     def epoch_of(self, step: int) -> float:
         """How many epochs have been consumed before `step`."""
         return step * self.batch_size / self.num_samples
 
+    def _shuffle(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples at some places, int64 [n], of an epoch."""
+        return permute(self.seed, epoch, places, self.num_samples)
 
-def permute(seed: int, epoch: int, index: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """The places of `index` in a pseudo-random permutation of range(size) that (seed, epoch) names.
+
+@dataclass(frozen=True)
+class WindowedOrder(Order):
+    """An order that reads a few shards at a time: each epoch permutes the shards, consecutive groups of at most
+    `shards_per_window` of them, as equal as can be, form windows, and inside a window all samples are permuted.
+
+    How random that is, and which window to choose, stands in docs/data-remote.md. A table of the shards is made for
+    each epoch; nothing grows with the number of samples.
+
+    Attributes:
+        shard_rows: the number of samples of each shard, `num_samples` in all.
+        shards_per_window: W; with as many as there are shards, an epoch is one window.
+    """
+
+    shard_rows: tuple[int, ...]
+    shards_per_window: int
+    _table: "Callable[[int], _Epoch]" = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if sum(self.shard_rows) != self.num_samples:
+            raise ValueError(f"{sum(self.shard_rows)} samples in the shards, not {self.num_samples}")
+        object.__setattr__(self, "_table", lru_cache(maxsize=4)(self._make_table))
+
+    def windows(self, first_step: int, last_step: int) -> Iterator[tuple[int, ...]]:
+        """The shards of each window that steps [first_step, last_step) read, in the order of reading."""
+        position, end = first_step * self.batch_size, last_step * self.batch_size
+        while position < end:
+            epoch, within = divmod(position, self.num_samples)
+            table = self._table(epoch)
+            window = int(np.searchsorted(table.window_ends, within, side="right"))
+            yield tuple(table.shards[table.edges[window] : table.edges[window + 1]].tolist())
+            position = epoch * self.num_samples + int(table.window_ends[window])
+
+    def _make_table(self, epoch: int) -> "_Epoch":
+        rows = np.array(self.shard_rows, dtype=np.int64)
+        shards = permute(self.seed, epoch, np.arange(len(rows)), len(rows), _SHARDS)
+        ends = np.cumsum(rows[shards])
+        num_windows = -(-len(rows) // self.shards_per_window)
+        edges = np.arange(num_windows + 1) * len(rows) // num_windows
+        return _Epoch(shards, ends, np.cumsum(rows)[shards] - ends, edges, ends[edges[1:] - 1])
+
+    def _shuffle(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        table = self._table(epoch)
+        window_of = np.searchsorted(table.window_ends, places, side="right")
+        ids = np.empty_like(places)
+        for window in np.unique(window_of).tolist():
+            here = window_of == window
+            first = int(table.window_ends[window - 1]) if window else 0
+            size = int(table.window_ends[window]) - first
+            # Places in the epoch whose shards lie in their permuted order, unshuffled within.
+            lined_up = first + permute(self.seed, epoch, places[here] - first, size, _WINDOW, window)
+            shard = np.searchsorted(table.ends, lined_up, side="right")
+            ids[here] = lined_up + table.shifts[shard]
+        return ids
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """An epoch's table, all int64.
+
+    Attributes:
+        shards: [num_shards], their numbers in the epoch's order.
+        ends: [num_shards], the place after the last sample of each.
+        shifts: [num_shards], what leads from a place in each, unshuffled, to its sample id.
+        edges: [num_windows + 1], the index in `shards` at which each window begins, and the end.
+        window_ends: [num_windows], the place after the last sample of each.
+    """
+
+    shards: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    shifts: NDArray[np.int64]
+    edges: NDArray[np.int64]
+    window_ends: NDArray[np.int64]
+
+
+def build_order(recipe: Recipe, shard_rows: Sequence[int]) -> Order:
+    """The order that a recipe asks for, of a training split whose shards have so many samples each."""
+    sizes = (recipe.seed, sum(shard_rows), recipe.batch.size, recipe.batch.micro)
+    if isinstance(recipe.order, WindowedShuffle):
+        return WindowedOrder(*sizes, tuple(shard_rows), recipe.order.shards)
+    return Order(*sizes)
+
+
+def permute(
+    seed: int, epoch: int, index: NDArray[np.int64], size: int, purpose: int = _GLOBAL, part: int = 0
+) -> NDArray[np.int64]:
+    """The places of `index` in a pseudo-random permutation of range(size) that (seed, epoch, purpose, part) names.
 
     A generalised Feistel network over a square that just covers `size` (Black & Rogaway 2002, *Ciphers with arbitrary
     finite domains*): points that fall outside are walked on until they fall inside, which keeps it a bijection. No
     table is made, so that seeking costs nothing and memory does not grow with the data set.
     """
     side = math.isqrt(size - 1) + 1
-    keys = philox(seed, (np.arange(_ROUNDS, dtype=np.uint64), epoch, 0, _ORDER_PURPOSE))
+    keys = philox(seed, (np.arange(_ROUNDS, dtype=np.uint64), epoch, part, purpose))
     round_keys = (keys[0] << np.uint64(32)) | keys[1]
     values = np.array(index, dtype=np.uint64)
     outside = np.arange(values.size)
@@ -70,9 +166,6 @@ def permute(seed: int, epoch: int, index: NDArray[np.int64], size: int) -> NDArr
         flat[outside] = _feistel(flat[outside], np.uint64(side), round_keys)
         outside = outside[flat[outside] >= size]
     return flat.reshape(values.shape).astype(np.int64)
-
-
-_ORDER_PURPOSE = 0xFFFF_FFFF  # apart from every purpose that `augment` draws for
 
 
 def _feistel(values: NDArray[np.uint64], side: np.uint64, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -7,34 +7,45 @@ to the device (`loader`), where it costs next to nothing.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
-from nvidia.dali.types import DALIImageType, DALIInterpType
+from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
 from configs.schema import Input, PadCrop
+from data_pipeline.distort import num_inputs
+from data_pipeline.photometric import distort
+from data_pipeline.resize import Resizer
 
 PREFETCH = 2
 
 
 def training_pipeline(config: Input, source: Callable[[int], Any], **kwargs: Any) -> Any:
-    """A built pipeline that gives (images uint8 [n, size, size, 3], records int64 [n, 7]).
+    """A built pipeline that gives (images uint8 [n, size, size, 3], records int64 [n, columns]).
 
-    `source(i)` gives batch i: (JPEG bytes, anchors int32 [n, 2], shapes int32 [n, 2], flips int32 [n], records). The
+    `source(i)` gives batch i: (images as the data set holds them, anchors int32 [n, 2], shapes int32 [n, 2], flips
+    int32 [n], records), where the crop is resized (sizes int32 [n, 2]), and what `distort.distortion_inputs` gives. The
     records pass through, so that what is written into the ledger has travelled with the pixels.
     """
-    pipeline = _training(config=config, source=source, **kwargs)
+    # Only then: conditionals make DALI rewrite this module's source.
+    conditional = num_inputs(config) > 0
+    pipeline = _training(config=config, source=source, enable_conditionals=conditional, **kwargs)
     pipeline.build()
     return pipeline
 
 
-def evaluation_pipeline(config: Input, source: Callable[[int], Any], **kwargs: Any) -> Any:
-    """A built pipeline that gives (images uint8 [n, size, size, 3], ids int64 [n]); `source(i)` gives batch i:
-    (JPEG bytes, sizes to resize to float32 [n, 2], anchors of the crop int32 [n, 2], ids)."""
-    pipeline = _evaluation(config=config, source=source, **kwargs)
+def evaluation_pipeline(config: Input, crops: tuple[int, ...], source: Callable[[int], Any], **kwargs: Any) -> Any:
+    """A built pipeline that gives (each view uint8 [n, height, width, 3], ids int64 [n, 1]).
+
+    `source(i)` gives batch i: (images as the data set holds them, ids) and what `views.Views.boxes` gives. For each
+    number in `crops` the images are resized once, and as many views cut out of them; 0 keeps them whole.
+    """
+    pipeline = _evaluation(config=config, crops=crops, source=source, **kwargs)
     pipeline.build()
     return pipeline
 
 
-def options(batch: int, device_id: int | None, threads: int) -> dict[str, Any]:
+def options(batch: int, device_id: int | None, threads: int, encoding: str) -> dict[str, Any]:
     """The execution options both pipelines share; `device_id` None means CPU."""
     return {
         "batch_size": batch,
@@ -42,40 +53,96 @@ def options(batch: int, device_id: int | None, threads: int) -> dict[str, Any]:
         "device_id": device_id,
         "prefetch_queue_depth": PREFETCH,
         "exec_dynamic": True,
-        "decoder": "cpu" if device_id is None else "mixed",
+        "encoding": encoding,
+        "resizer": Resizer(threads) if device_id is None else None,
     }
 
 
+def decoded_shapes(jpegs: list[NDArray[np.uint8]], threads: int) -> list[tuple[int, ...] | None]:
+    """(height, width, 3) of each JPEG as DALI decodes it on the CPU, None where it cannot."""
+    try:
+        return _decode(jpegs, threads)
+    except RuntimeError:  # DALI does not say which: halve until it is alone
+        if len(jpegs) == 1:
+            return [None]
+        middle = len(jpegs) // 2
+        return decoded_shapes(jpegs[:middle], threads) + decoded_shapes(jpegs[middle:], threads)
+
+
+def _decode(jpegs: list[NDArray[np.uint8]], threads: int) -> list[tuple[int, ...] | None]:
+    pipeline = _decode_only(jpegs, batch_size=len(jpegs), num_threads=threads, device_id=None, exec_dynamic=True)
+    pipeline.build()
+    (images,) = pipeline.run()
+    return list(images.shape())
+
+
 @pipeline_def
-def _training(config: Input, source: Callable[[int], Any], decoder: str) -> Any:
-    jpegs, anchors, shapes, flips, records = fn.external_source(source=source, num_outputs=5, batch=True, no_copy=True)
-    if isinstance(config.crop, PadCrop):
-        images = fn.decoders.image(jpegs, device=decoder, output_type=DALIImageType.RGB, adjust_orientation=False)
+def _decode_only(jpegs: list[NDArray[np.uint8]]) -> Any:
+    encoded = fn.external_source(source=lambda: jpegs, batch=True, no_copy=True)
+    return fn.decoders.image(encoded, device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False)
+
+
+@pipeline_def
+def _training(config: Input, source: Callable[[int], Any], encoding: str, resizer: Resizer | None) -> Any:
+    resizes = not isinstance(config.crop, PadCrop)
+    num_outputs = 5 + resizes + num_inputs(config)
+    encoded, anchors, shapes, flips, records, *others = fn.external_source(
+        source=source, num_outputs=num_outputs, batch=True, no_copy=True
+    )
+    if not resizes:
         images = fn.slice(
-            images, anchors, shapes, axes=(0, 1), normalized_anchor=False, normalized_shape=False,
+            _decoded(encoded, encoding, resizer), anchors, shapes, axes=(0, 1),
+            normalized_anchor=False, normalized_shape=False,
             out_of_bounds_policy="pad", fill_values=[round(255 * m) for m in config.mean],
         )  # fmt: skip
+        images = fn.flip(images, horizontal=flips)
     else:
-        images = fn.decoders.image_slice(
-            jpegs, anchors, shapes, axes=(0, 1), normalized_anchor=False, normalized_shape=False,
-            device=decoder, output_type=DALIImageType.RGB, adjust_orientation=False,
-        )  # fmt: skip
-        images = _resize(images, size=(config.size, config.size))
-    return fn.flip(images, horizontal=flips), records
+        region = _decoded_region(encoded, anchors, shapes, encoding, resizer)
+        images = _resized(region, others.pop(0), flips, resizer)
+    return distort(config, images, others), records
 
 
 @pipeline_def
-def _evaluation(config: Input, source: Callable[[int], Any], decoder: str) -> Any:
-    num_outputs = 2 if config.eval_resize is None else 4
-    jpegs, ids, *boxes = fn.external_source(source=source, num_outputs=num_outputs, batch=True, no_copy=True)
-    images = fn.decoders.image(jpegs, device=decoder, output_type=DALIImageType.RGB, adjust_orientation=False)
-    if boxes:
-        targets, anchors = boxes
-        images = _resize(images, size=targets)
-        images = fn.slice(images, start=anchors, shape=[config.size, config.size], axes=(0, 1))
-    return images, ids
+def _evaluation(
+    config: Input, crops: tuple[int, ...], source: Callable[[int], Any], encoding: str, resizer: Resizer | None
+) -> Any:
+    num_outputs = 2 + len(crops) + sum(crops)
+    encoded, ids, *boxes = fn.external_source(source=source, num_outputs=num_outputs, batch=True, no_copy=True)
+    images = _decoded(encoded, encoding, resizer)
+    shape = [config.size, config.size]
+    views = []
+    for count in crops:
+        sizes, *anchors = [boxes.pop(0) for _ in range(1 + count)]
+        resized = _resized(images, sizes, None, resizer)
+        views += [fn.slice(resized, start=anchor, shape=shape, axes=(0, 1)) for anchor in anchors] or [resized]
+    return *(views or [images]), ids
 
 
-def _resize(images: Any, **size: Any) -> Any:
-    """Training and evaluation must resize alike, or accuracy falls by points."""
-    return fn.resize(images, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True, **size)
+def _decoded(encoded: Any, encoding: str, resizer: Resizer | None) -> Any:
+    if encoding == "raw":
+        return encoded if resizer is not None else encoded.gpu()
+    return fn.decoders.image(encoded, **_decoding(resizer))
+
+
+def _decoded_region(encoded: Any, anchors: Any, shapes: Any, encoding: str, resizer: Resizer | None) -> Any:
+    """Only the region: what lies below it is not decoded, what lies beside it hardly."""
+    slicing: dict[str, Any] = {"axes": (0, 1), "normalized_anchor": False, "normalized_shape": False}
+    if encoding == "raw":
+        return fn.slice(_decoded(encoded, encoding, resizer), anchors, shapes, **slicing)
+    return fn.decoders.image_slice(encoded, anchors, shapes, **slicing, **_decoding(resizer))
+
+
+def _decoding(resizer: Resizer | None) -> dict[str, Any]:
+    device = "mixed" if resizer is None else "cpu"
+    return {"device": device, "output_type": DALIImageType.RGB, "adjust_orientation": False}
+
+
+def _resized(images: Any, sizes: Any, flips: Any, resizer: Resizer | None) -> Any:
+    """Antialiased, in training and evaluation alike, or accuracy falls by points. `flips` None: nothing is mirrored."""
+    if resizer is not None:
+        given = () if flips is None else (flips,)
+        rows = fn.python_function(images, sizes, *given, function=resizer, batch_processing=True)
+        return fn.reshape(rows, shape=fn.cat(sizes, np.array([3], np.int32)))
+    size = fn.cast(sizes, dtype=DALIDataType.FLOAT)
+    images = fn.resize(images, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+    return images if flips is None else fn.flip(images, horizontal=flips)

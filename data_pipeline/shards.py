@@ -49,9 +49,10 @@ class Manifest:
         indexes: the index of each split.
         mean, std: per channel over the training pixels, images in [0, 1].
         encoding: what the column `image` holds: "jpeg", or "raw" for uint8 pixels [height, width, 3] (RGB).
-        options: how it was prepared: `shuffled`, `shard_bytes`, and the fields of `ingest.Options`.
+        options: how it was prepared: `shard_bytes`, and the fields of `ingest.Options`.
         source_bytes: of the images that were read.
         quarantined: key, kind and reason of each image that was left out.
+        shuffled: whether samples were put into shards at random; None where that is not known.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     source_bytes: int = 0
     quarantined: list[dict[str, str]] = field(default_factory=list)
+    shuffled: bool | None = None
     format: int = FORMAT
 
     def num_samples(self, split: str) -> int:
@@ -85,18 +87,23 @@ class Manifest:
                 f"{directory} has no manifest.json, so it is not a data set: "
                 f"make one with `longhaul prepare SOURCE --out DIR`."
             )
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, text: bytes, name: str) -> "Manifest":
+        """The manifest in the file `name`, which holds `text`."""
         try:
-            values: dict[str, Any] = json.loads(path.read_text())
+            values: dict[str, Any] = json.loads(text)
             if values["format"] != FORMAT:
                 raise LonghaulError(
-                    f"{path} has format {values['format']}, this version reads {FORMAT}: prepare the data set again."
+                    f"{name} has format {values['format']}, this version reads {FORMAT}: prepare the data set again."
                 )
             splits = {name: [Shard(**shard) for shard in shards] for name, shards in values.pop("splits").items()}
             indexes = {name: Shard(**index) for name, index in values.pop("indexes").items()}
             return cls(splits=splits, indexes=indexes, **values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LonghaulError(
-                f"{path} is not a manifest of Longhaul ({error}): prepare the data set again."
+                f"{name} is not a manifest of Longhaul ({error}): prepare the data set again."
             ) from None
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs import LonghaulError, list_recipes, load_recipe
+from launch import data as data_commands
 
 console = Console(soft_wrap=True)
 app = typer.Typer(
@@ -21,11 +22,25 @@ app = typer.Typer(
     "not of the cluster it ran on.[/bold]",
 )
 
+app.add_typer(data_commands.app, name="data")
+
 RunsOption = Annotated[
     Path,
     typer.Option("--runs", envvar="LONGHAUL_RUNS", help="Where runs live; with several machines, storage they share."),
 ]
-DataOption = Annotated[Path | None, typer.Option("--data", help="The data set (made by `longhaul prepare`).")]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="The data set (made by `longhaul prepare`): a directory, or a URL (s3://...)."),
+]
+CacheDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir", help="Where shards of a URL are kept (each machine's LONGHAUL_CACHE, or ~/.cache/longhaul)."
+    ),
+]
+CacheBytesOption = Annotated[
+    str | None, typer.Option("--cache-bytes", help="The most they may take, as 200GB (80 % of what is free).")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ThreadsOption = Annotated[
     int, typer.Option(min=0, help="CPU threads a worker (0: cores / workers; 1 if deterministic).")
@@ -46,7 +61,9 @@ def _main(
     "longhaul prepare imagenet/ --out data/imagenet-small --max-side 500 --quality 90"
 )
 def prepare(
-    source: Annotated[str, typer.Argument(help="'digits', or a directory, zip or tar with a folder for each class.")],
+    source: Annotated[
+        str, typer.Argument(help="'digits', or the path or URL of a data set: a folder for each class, tars, Parquet, ...")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The data set's directory; it must not exist.")],
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="Share to hold out where the source has no val/ or test/.")
@@ -61,9 +78,14 @@ def prepare(
     upright: Annotated[
         bool, typer.Option("--upright", help="Turn images as their EXIF orientation says (otherwise ignored).")
     ] = False,
-    keep_order: Annotated[
-        bool, typer.Option("--keep-order", help="Store training images in the source's order, not a shuffled one.")
-    ] = False,
+    shuffle: Annotated[
+        bool | None,
+        typer.Option(
+            "--shuffle/--keep-order",
+            help="Store training images in a shuffled order, or in the source's (default: shuffled, but of Parquet).",
+            show_default=False,
+        ),
+    ] = None,
     shard_mib: Annotated[int, typer.Option(min=1, max=1024, help="About the size of a shard, in MiB.")] = 128,
     jobs: Annotated[int, typer.Option(min=0, help="Processes on this machine (0: one for each core).")] = 0,
     workers: Annotated[
@@ -83,7 +105,7 @@ def prepare(
     from launch.commands import prepare_data
 
     options = Options(max_side, quality, raw, upright)
-    prepare_data(console, source, out, holdout, options, shard_mib, keep_order, jobs, workers, restart)
+    prepare_data(console, source, out, holdout, options, shard_mib, shuffle, jobs, workers, restart)
 
 
 @app.command(
@@ -106,28 +128,39 @@ def train(
     threads: ThreadsOption = 0,
     max_failures: Annotated[int, typer.Option(help="How often workers may be lost before giving up.")] = 100,
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume although the recipe changed.")] = False,
+    cache_dir: CacheDirOption = None,
+    cache_bytes: CacheBytesOption = None,
 ) -> None:
     """Train a recipe, or resume the run of that name from its newest valid checkpoint."""
     from launch.commands import train_run
 
     train_run(
         console, load_recipe(recipe, overrides or ()), data, runs / name, workers, local, device, threads,
-        max_failures, allow_changes,
+        max_failures, allow_changes, cache_dir, cache_bytes,
     )  # fmt: skip
 
 
-@app.command("eval", epilog="Examples:  longhaul eval demo   |   longhaul eval runs/demo/checkpoints/step-00000676")
+@app.command(
+    "eval",
+    epilog="Examples:  longhaul eval demo   |   longhaul eval demo --views flip   |   "
+    "longhaul eval runs/demo/checkpoints/step-00000676",
+)
 def evaluate(
     target: Annotated[str, typer.Argument(help="A run's name or directory, or a checkpoint's directory.")],
     data: DataOption = None,
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
+    cache_dir: CacheDirOption = None,
+    cache_bytes: CacheBytesOption = None,
+    views: Annotated[
+        str, typer.Option(help="How each image is seen: central, flip, ten-crop or multi-scale; scores are averaged.")
+    ] = "central",
 ) -> None:
     """Score a checkpoint (of a run: its newest valid one) on every held-out image, each exactly once."""
     from launch.commands import evaluate_checkpoint
 
-    evaluate_checkpoint(console, target, data, runs, device, threads)
+    evaluate_checkpoint(console, target, data, runs, device, threads, cache_dir, cache_bytes, views)
 
 
 @app.command(epilog="Example:  longhaul verify demo")

@@ -8,22 +8,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
 from configs import LonghaulError, Recipe
+from data_pipeline.cache import parse_bytes
 from data_pipeline.shards import Manifest
+from data_pipeline.split import read_manifest
+from data_pipeline.storage import Location, parse_location
 from launch.prepare import prepare_data
+from launch.tables import bar, findings_table
 from launch.view import View, interrupt, shown_path, typed_command
 from trainer.job import Job
 from trainer.rundir import RunDirectory, settle_recipe
@@ -32,7 +28,7 @@ from trainer.rundir import RunDirectory, settle_recipe
 def train_run(
     console: Console,
     recipe: Recipe,
-    data: Path | None,
+    data: str | None,
     path: Path,
     workers: int,
     local: bool,
@@ -40,33 +36,44 @@ def train_run(
     threads: int,
     max_failures: int,
     allow_changes: bool,
+    cache_dir: Path | None,
+    cache_bytes: str | None,
 ) -> None:
     """`longhaul train`."""
     if device not in ("auto", "cpu", "cuda"):
         raise LonghaulError(f"--device {device}: it is auto, cpu or cuda.")
     run = RunDirectory(path.absolute())
     recipe = settle_recipe(run, recipe, allow_changes)
-    data = _find_data(console, recipe, data, run)
-    manifest = Manifest.read(data)
+    location = _find_data(console, recipe, data, run)
+    manifest, _ = read_manifest(location)
     if _is_finished(run, recipe, manifest) and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         console.print("The run is finished already.")
         _show_result(console, run)
         return
     run.path.mkdir(parents=True, exist_ok=True)
 
-    job = Job(recipe, data.absolute(), run, device, threads, allow_changes=allow_changes)
+    job = Job(
+        recipe, location, run, device, threads, allow_changes=allow_changes, **_cache(cache_dir, cache_bytes)
+    )  # fmt: skip
     if local or "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
         _train_here(console, job, workers)
     else:
         _train_on_ray(console, job, workers, max_failures)
 
 
-def _find_data(console: Console, recipe: Recipe, data: Path | None, run: RunDirectory) -> Path:
+def _cache(directory: Path | None, limit: str | None) -> dict[str, Any]:
+    return {
+        "cache_directory": directory and directory.absolute(),
+        "cache_bytes": None if limit is None else parse_bytes(limit),
+    }
+
+
+def _find_data(console: Console, recipe: Recipe, data: str | None, run: RunDirectory) -> Location:
     """--data, or the embedded data set, written beside the runs where the recipe asks for it."""
     if data is not None:
-        return data
+        return parse_location(data)
     if recipe.data != "digits":
-        raise LonghaulError("--data is missing: give the data set's directory (see `longhaul prepare --help`).")
+        raise LonghaulError("--data is missing: give the data set's directory (see `longhaul prepare --help`) or URL.")
     embedded = run.path.parent / ".data" / "digits"
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one writes; it appears when it is whole
         _wait_until_there(embedded)
@@ -194,18 +201,26 @@ def find_run(name: str, runs: Path) -> RunDirectory:
 
 
 def evaluate_checkpoint(
-    console: Console, target: str, data: Path | None, runs: Path, device: str, threads: int
+    console: Console,
+    target: str,
+    data: str | None,
+    runs: Path,
+    device: str,
+    threads: int,
+    cache_dir: Path | None,
+    cache_bytes: str | None,
+    views: str,
 ) -> None:
     """`longhaul eval`."""
     from trainer.score import score_checkpoint
 
-    checkpoint = Path(target)
+    checkpoint, location, cache = Path(target), data and parse_location(data), _cache(cache_dir, cache_bytes)
     if (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == "checkpoints":
         run = RunDirectory(checkpoint.absolute().parent.parent).require()
-        score, saved = score_checkpoint(run, checkpoint.absolute(), data, device, threads)
+        score, saved = score_checkpoint(run, checkpoint.absolute(), location, device, threads, views, **cache)
     else:
         run = find_run(target, runs)
-        score, saved = score_checkpoint(run, None, data, device, threads)
+        score, saved = score_checkpoint(run, None, location, device, threads, views, **cache)
     figures = score.as_dict()
     console.print(
         f"{shown_path(saved.path)}: top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, "
@@ -215,20 +230,17 @@ def evaluate_checkpoint(
     console.print_json(json.dumps(figures))
 
 
-def verify_run(console: Console, name: str, data: Path | None, runs: Path) -> None:
+def verify_run(console: Console, name: str, data: str | None, runs: Path) -> None:
     """`longhaul verify`."""
     from trainer.verify import verify
 
     run = find_run(name, runs)
-    with _progress(console) as bar:
-        task = bar.add_task("steps", total=None)
-        findings = verify(run, data, lambda done, total: bar.update(task, completed=done, total=total))
-    table = Table(show_header=False, box=None)
-    for _ in range(3):
-        table.add_column(overflow="fold")
-    for finding in findings:
-        table.add_row("[green]yes" if finding.holds else "[bold red]NO", finding.what, finding.figures)
-    console.print(table)
+    with bar(console) as progress:
+        task = progress.add_task("steps", total=None)
+        findings = verify(
+            run, data and parse_location(data), lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    console.print(findings_table(findings))
     if not all(finding.holds for finding in findings):
         raise typer.Exit(1)
 
@@ -238,15 +250,3 @@ def report_run(console: Console, name: str, runs: Path) -> None:
     from trainer.report import write_report
 
     console.print(shown_path(write_report(find_run(name, runs))), highlight=False)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TaskProgressColumn(show_speed=True),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

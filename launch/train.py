@@ -102,7 +102,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     add("--recipe", help="a recipe's name, or a YAML file in the repository")
     add("--name", help="the run's name (default: the recipe's); the same name again resumes it")
-    add("--data", type=Path, help="the data set, on storage that all machines share")
+    add("--data", help="the data set: a directory on storage that all machines share, or a URL (s3://...)")
+    add("--cache-dir", help="where each machine keeps shards of a URL (default: ~/.cache/longhaul)")
+    add("--cache-bytes", help="the most they may take on each machine, as 200GB (default: 80 %% of what is free)")
     add("--runs", type=Path, help="where runs live, shared too (default: LONGHAUL_RUNS in launch/imagenet.yaml)")
     add("--workers", help="training processes (default: one for each GPU of the cluster, else for each core)")
     add("--machines", type=int, help="start when so many machines are there (default: all in launch/imagenet.yaml)")
@@ -191,8 +193,8 @@ def describe_run(options: argparse.Namespace) -> Run:
     words = [sys.executable, "-m", "launch.cli", "train", options.recipe, *options.overrides]
     words += ["--name", options.name, "--runs", str(path.parent)]
     if options.data is not None:
-        words += ["--data", str(options.data.expanduser().absolute())]
-    for option in ("workers", "device", "threads", "max_failures"):
+        words += ["--data", options.data if "://" in options.data else str(Path(options.data).expanduser().absolute())]
+    for option in ("workers", "device", "threads", "max_failures", "cache_dir", "cache_bytes"):
         value = getattr(options, option)
         if value is not None:
             words += [f"--{option.replace('_', '-')}", str(value)]

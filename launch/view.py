@@ -119,6 +119,8 @@ _LINES: dict[str, Callable[[Event], str]] = {
     ),
     "checkpoint_broken": lambda e: f"[yellow]Broken checkpoint set aside: {escape(e['reason'])}",
     "worker_failure": lambda e: f"[yellow]Worker {e['rank']} was lost ({escape(e['error'])}); starting again",
+    "warning": lambda e: f"[yellow]{escape(e['message'])}",
+    "fetching": lambda e: f"Fetching the data set: {e['bytes'] / 1e9:,.1f} of {e['total_bytes'] / 1e9:,.1f} GB",
     "stopped": lambda e: f"Stopped at step {e['step']}; the checkpoint is saved.",
 }
 

@@ -13,6 +13,7 @@ from data_pipeline.augment import augment
 from data_pipeline.ingest import prepare
 from data_pipeline.loader import training_batches
 from data_pipeline.order import Order
+from data_pipeline.records import training_records
 from data_pipeline.sources import open_source
 from data_pipeline.split import Split
 from trainer import verify
@@ -42,7 +43,7 @@ def records_of(recipe: Recipe, order: Order, sizes: np.ndarray, step: int, micro
     """What comes out of the input pipeline beside the pixels of a micro-batch."""
     epochs, ids = order.micro_batch(step, micro)
     drawn = augment(recipe.input, order.seed, epochs, ids, sizes[ids])
-    return np.column_stack([epochs, ids, drawn.boxes, drawn.flips]).astype(np.int64)
+    return training_records(epochs, ids, ids, drawn)
 
 
 def small_run(seed: int, samples: int, micros: int, micro_size: int = 4) -> tuple[Recipe, Order, np.ndarray]:
@@ -54,11 +55,12 @@ def small_run(seed: int, samples: int, micros: int, micro_size: int = 4) -> tupl
 def totals(ledgers: list[Ledger]) -> Ledger:
     """What the reduction over ranks makes of them: sums modulo 2**64."""
     steps = torch.stack([ledger.steps for ledger in ledgers]).sum(0)
-    return Ledger(steps, torch.stack([ledger.epochs for ledger in ledgers]).sum(0))
+    epochs = torch.stack([ledger.epochs for ledger in ledgers]).sum(0)
+    return Ledger(steps, epochs, torch.cat([ledger.substitutes for ledger in ledgers]))
 
 
 def same(first: Ledger, second: Ledger) -> bool:
-    return torch.equal(first.steps, second.steps) and torch.equal(first.epochs, second.epochs)
+    return all(torch.equal(tensor, second.state()[name]) for name, tensor in first.state().items())
 
 
 def findings(order: Order, ledger: Ledger, steps: int) -> list[bool]:
@@ -167,14 +169,17 @@ def changes(draw: st.DrawFn) -> tuple[int, np.ndarray, int, np.ndarray]:
             rng.integers(0, 1_000) + rng.permutation(count),
             rng.integers(-4, 500, (count, 4)),
             rng.integers(0, 2, count),
+            rng.integers(0, 1_000, count),
         ]
     ).astype(np.int64)
     changed, row = records.copy(), draw(st.integers(0, count - 1))
-    match draw(st.sampled_from(["value", "flip", "swap", "drop", "twice", "columns", "micro"])):
+    match draw(st.sampled_from(["value", "flip", "shown", "swap", "drop", "twice", "columns", "micro"])):
         case "value":
             changed[row, draw(st.integers(0, 5))] += draw(st.sampled_from([-(2**31), -1, 1, 2**31]))
         case "flip":
             changed[row, 6] ^= 1
+        case "shown":
+            changed[row, 7] += 1
         case "swap":
             changed[[row, row - 1]] = changed[[row - 1, row]]
         case "drop":

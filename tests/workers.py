@@ -12,6 +12,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from configs import LonghaulError, Recipe, load_recipe
+from data_pipeline.storage import Location
 from trainer.checkpoint import load, newest_valid, open_checkpoint
 from trainer.group import free_port
 from trainer.job import Job
@@ -28,16 +29,19 @@ def small_recipe(*overrides: str) -> Recipe:
     return load_recipe("digits", [*SMALL, *overrides])
 
 
-def make_job(path: Path, data: Path, *overrides: str, **fields: Any) -> Job:
+def make_job(path: Path, data: Location, *overrides: str, **fields: Any) -> Job:
     """A job of `small_recipe` in the run directory `path`."""
     path.mkdir(parents=True, exist_ok=True)
     return Job(small_recipe(*overrides), data, RunDirectory(path), "cpu", threads=1, timeout_seconds=60, **fields)
 
 
-def start(job: Job, world_size: int) -> list[Any]:
-    """Start the workers of a job and return their processes."""
+def start(job: Job, world_size: int, environment: dict[str, str] | None = None) -> list[Any]:
+    """Start the workers of a job, with more in their environment, and return their processes."""
     port = free_port()
-    processes = [_CONTEXT.Process(target=_main, args=(job, rank, world_size, port)) for rank in range(world_size)]
+    processes = [
+        _CONTEXT.Process(target=_main, args=(job, rank, world_size, port, None, environment))
+        for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     return processes
@@ -56,17 +60,18 @@ def wait(processes: list[Any], timeout: float = 120.0) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def train(job: Job, world_size: int) -> None:
+def train(job: Job, world_size: int, environment: dict[str, str] | None = None) -> None:
     """Run a job to its end."""
-    assert wait(start(job, world_size)) == [0] * world_size, list(job.run.events())[-3:]
+    assert wait(start(job, world_size, environment)) == [0] * world_size, list(job.run.events())[-3:]
 
 
-def refusal(job: Job, world_size: int = 1) -> str:
+def refusal(job: Job, world_size: int = 1, environment: dict[str, str] | None = None) -> str:
     """The message with which all workers refuse a job."""
     messages = _CONTEXT.Queue()
     port = free_port()
     processes = [
-        _CONTEXT.Process(target=_main, args=(job, rank, world_size, port, messages)) for rank in range(world_size)
+        _CONTEXT.Process(target=_main, args=(job, rank, world_size, port, messages, environment))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()
@@ -74,6 +79,20 @@ def refusal(job: Job, world_size: int = 1) -> str:
     wait(processes)
     assert len(found) == 1
     return found.pop()
+
+
+def scores(run: RunDirectory, views: str, world_size: int) -> list[tuple[int, int, int, float]]:
+    """What each of `world_size` workers finds as the score of a run: images, top-1, top-5 and the summed loss."""
+    found = _CONTEXT.Queue()
+    port = free_port()
+    processes = [
+        _CONTEXT.Process(target=_score, args=(run, views, rank, world_size, port, found)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    result = [found.get(timeout=60) for _ in processes]
+    assert wait(processes) == [0] * world_size
+    return result
 
 
 def wait_for(condition: Callable[[], Any], timeout: float = 90.0, pause: float = 0.002) -> Any:
@@ -120,14 +139,27 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def _main(job: Job, rank: int, world_size: int, port: int, messages: Any = None) -> None:
+def _main(
+    job: Job, rank: int, world_size: int, port: int, messages: Any = None, environment: dict[str, str] | None = None
+) -> None:
     from trainer.group import Rendezvous
     from trainer.run import work
 
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update({"GLOO_SOCKET_IFNAME": "lo", **(environment or {})})
     try:
         work(job, Rendezvous(rank, world_size, rank, "127.0.0.1", port), world_size)
     except LonghaulError as error:
         if messages is None:
             raise
         messages.put(str(error))
+
+
+def _score(run: RunDirectory, views: str, rank: int, world_size: int, port: int, found: Any) -> None:
+    from trainer.score import score_checkpoint
+
+    os.environ.update(
+        GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    score, _ = score_checkpoint(run, None, None, "cpu", 1, views)
+    found.put((score.num_images, score.num_top1, score.num_top5, score.loss_sum))

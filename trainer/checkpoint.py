@@ -25,7 +25,7 @@ from configs import LonghaulError
 from trainer.group import Group
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 State = dict[str, Any]
 
 # Reading a checkpoint in one process is meant, not an accident to be warned of.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import Recipe
+from data_pipeline.storage import Location
 from trainer.rundir import RunDirectory
 
 
@@ -12,15 +13,19 @@ class Job:
     """What a worker is told. The recipe decides the result; the rest is where and how to compute it.
 
     Attributes:
+        data: the data set's directory, or its URL.
         threads: CPU threads of this worker, for computing and for decoding (0: cores / workers on this machine,
             or 1 where the recipe is deterministic).
         timeout_seconds: how long a collective may wait for another worker.
+        cache_directory, cache_bytes: see `data_pipeline.cache.Cache`; None for each machine's own default.
     """
 
     recipe: Recipe
-    data: Path
+    data: Location
     run: RunDirectory
     device: str = "auto"
     threads: int = 0
     timeout_seconds: float = 600.0
     allow_changes: bool = False
+    cache_directory: Path | None = None
+    cache_bytes: int | None = None

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,18 @@ import torch
 
 from configs import Duration, Recipe
 from data_pipeline.loader import Batch, training_batches
+from data_pipeline.mixing import draw_mix, mix
 from data_pipeline.order import Order
 from data_pipeline.philox import philox
+from data_pipeline.records import substitutes
 from data_pipeline.split import Split
 from trainer.checkpoint import Checkpointer
 from trainer.dealing import Work, deal
 from trainer.engines import Engine
 from trainer.evaluate import Score, evaluate
+from trainer.fetching import FetchMeter
 from trainer.group import Group
-from trainer.ledger import Recorder
+from trainer.ledger import Ledger, Recorder
 from trainer.progress import Window, is_due
 from trainer.schedules import learning_rate, total_steps
 from trainer.stopping import Agreement, StopRequests
@@ -46,6 +49,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
+        self.fetches = FetchMeter(self.train_split, self.group)
 
     def run(self) -> Score | None:
         """Train from `step` to the end, or until a stop is asked for. Returns the final score (None: stopped early, or
@@ -61,9 +65,9 @@ class Loop:
         while self.step < total:
             agreement.ask(self.requests.here())
             for micro in micros:
-                batch = self._load(batches)
+                batch = self._mix(self._load(batches), micro)
                 self._forward_backward(batch, micro, last=micro == micros[-1])
-                self.recorder.record(self.step, micro, batch.records)
+                self._record(micro, batch)
             self._update()
             stop = agreement.answer()
             finished = self.step == total
@@ -92,9 +96,22 @@ class Loop:
         self.window.data_wait_seconds += time.monotonic() - began
         return batch
 
+    def _mix(self, batch: Batch, micro: int) -> Batch:
+        height, width = batch.images.shape[2:]
+        how = draw_mix(self.recipe.mixing, self.recipe.seed, self.step, micro, height, width)
+        if how is None:
+            return batch
+        num_classes = self.recipe.model.num_classes or len(self.train_split.manifest.classes)
+        images, targets = mix(batch.images, batch.labels, num_classes, how)
+        return replace(batch, images=images, labels=targets)
+
     def _forward_backward(self, batch: Batch, micro: int, last: bool) -> None:
         seed = forward_seed(self.recipe.seed, self.step, micro)
         self.window.add(self.engine.forward_backward(batch.images, batch.labels, seed, micro == 0, last))
+
+    def _record(self, micro: int, batch: Batch) -> None:
+        self.recorder.record(self.step, micro, batch.records)
+        self.window.num_substitutes += len(substitutes(batch.records))
 
     def _update(self) -> None:
         self.engine.update(learning_rate(self.recipe, len(self.train_split), self.step))
@@ -102,7 +119,8 @@ class Loop:
         self.window.steps += 1
 
     def _account(self, total: int) -> None:
-        figures: dict[str, Any] = self.window.report()
+        fetched = self.fetches.report(self.window.steps)
+        figures: dict[str, Any] = {**self.window.report(), **fetched}
         rate = learning_rate(self.recipe, len(self.train_split), self.step - 1)
         self.telemetry.step(self.step, total, round(self.order.epoch_of(self.step), 4), lr=rate, **figures)
 
@@ -123,8 +141,9 @@ class Loop:
         began = time.monotonic()
         self.engine.synchronise_buffers()
         ledger = self.recorder.merge(self.order, self.step, self.group)
-        state = training_state(self.engine, self.step, ledger.steps, ledger.epochs)
-        self.checkpointer.save(self.step, state, {"epoch": self.order.epoch_of(self.step)})
+        state = training_state(self.engine, self.step, ledger)
+        extra = {"epoch": self.order.epoch_of(self.step), "num_substitutes": len(ledger.substitutes)}
+        self.checkpointer.save(self.step, state, extra)
         stall = time.monotonic() - began
         self.window.paused_seconds += stall
         self.telemetry.event("checkpoint_started", step=self.step, stall_seconds=round(stall, 4))
@@ -133,17 +152,10 @@ class Loop:
         return is_due(every, self.step, self.recipe.batch.size, len(self.train_split))
 
 
-def training_state(
-    engine: Engine, step: int, ledger_steps: torch.Tensor, ledger_epochs: torch.Tensor
-) -> dict[str, Any]:
+def training_state(engine: Engine, step: int, ledger: Ledger) -> dict[str, Any]:
     """Everything that decides the future of a run, as tensors by name. No generator's state is among it: every random
     number is a function of the seed and of where it is used."""
-    return {
-        **engine.export_state(),
-        "ledger.steps": ledger_steps,
-        "ledger.epochs": ledger_epochs,
-        "progress.step": torch.tensor(step, dtype=torch.int64),
-    }
+    return {**engine.export_state(), **ledger.state(), "progress.step": torch.tensor(step, dtype=torch.int64)}
 
 
 def forward_seed(seed: int, step: int, micro: int) -> int:

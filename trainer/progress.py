@@ -25,6 +25,7 @@ class Window:
     batch_size: int
     steps: int = 0
     data_wait_seconds: float = 0.0
+    num_substitutes: int = 0
     paused_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
     _sums: torch.Tensor | None = None
@@ -36,11 +37,12 @@ class Window:
     def report(self) -> dict[str, float]:
         """Means over the whole batch and all ranks since the last report, which starts a new window; called by all
         ranks together. `images_per_second` leaves out evaluation and waiting for checkpoints; `data_wait_seconds`
-        is the slowest worker's, a step."""
+        is the slowest worker's, a step; `num_substitutes` counts images shown in the place of damaged ones."""
         assert self._sums is not None
         dist.all_reduce(self._sums, group=self.group.gradients)
         loss, correct = self._sums.tolist()
-        waited = max(self.group.gather(self.data_wait_seconds))  # the slowest worker sets the pace of all
+        waits, substitutes = zip(*self.group.gather((self.data_wait_seconds, self.num_substitutes)), strict=True)
+        waited = max(waits)  # the slowest worker sets the pace of all
         seconds = time.monotonic() - self.began - self.paused_seconds
         figures = {
             "loss": loss / (self.num_micro * self.steps),
@@ -48,7 +50,9 @@ class Window:
             "images_per_second": self.batch_size * self.steps / seconds,
             "step_seconds": seconds / self.steps,
             "data_wait_seconds": waited / self.steps,
+            "num_substitutes": sum(substitutes),
         }
+        self.num_substitutes = 0
         self.steps, self.data_wait_seconds, self.paused_seconds, self._sums = 0, 0.0, 0.0, None
         self.began = time.monotonic()
         return figures

@@ -1,11 +1,13 @@
 """One worker's life: join, check, resume, train, finish. The same under Ray, under torchrun and alone."""
 
+import gc
 import hashlib
 import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,21 @@ from typing import Any
 import torch
 
 from configs import LonghaulError, Recipe
-from data_pipeline.order import Order
+from data_pipeline.cache import Cache
+from data_pipeline.order import Order, build_order
 from data_pipeline.split import Split
+from data_pipeline.storage import Location
 from trainer.checkpoint import Checkpointer, Saved, like, load, newest_valid, open_checkpoint, set_aside
 from trainer.engines import Engine, build_engine
 from trainer.evaluate import Score
+from trainer.fetching import fetch_ahead, require_room, warn_of_sorted_shards
 from trainer.group import Group, Rendezvous, join, pick_device
 from trainer.job import Job
 from trainer.ledger import Ledger, Recorder
-from trainer.loop import Loop, training_state
+from trainer.loop import Loop
 from trainer.memory import keep_freed_memory
 from trainer.rundir import RunDirectory, settle_recipe, write_atomically
+from trainer.schedules import total_steps
 from trainer.stopping import StopRequests
 from trainer.telemetry import Telemetry
 
@@ -49,9 +55,11 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
         # The number of threads decides the order of sums, so a deterministic run does not take it from the machine.
         threads = job.threads or (1 if recipe.deterministic else cores_each(local_world_size))
         torch.set_num_threads(threads)
-        train_split, val_split = _together(group, lambda: _open_splits(job.data))
-        engine = _together(group, lambda: _build(recipe, len(train_split.manifest.classes), group))
-        return _Worker(job, recipe, group, requests, engine, train_split, val_split, threads).run()
+        train_split, val_split, order = _together(group, lambda: _open_data(job, recipe))
+        with closing(train_split), nullcontext() if val_split is None else closing(val_split):
+            engine = _together(group, lambda: _build(recipe, len(train_split.manifest.classes), group))
+            gc.freeze()  # what was made until here is no garbage: the collector need not look through it again
+            return _Worker(job, recipe, group, requests, engine, train_split, val_split, order, threads).run()
 
 
 def cores_each(local_world_size: int) -> int:
@@ -69,12 +77,12 @@ class _Worker:
         engine: Engine,
         train_split: Split,
         val_split: Split | None,
+        order: Order,
         threads: int,
     ) -> None:
         self.job, self.recipe, self.group, self.engine = job, recipe, group, engine
         self.requests, self.threads = requests, threads
-        self.train_split, self.val_split = train_split, val_split
-        self.order = Order(recipe.seed, len(train_split), recipe.batch.size, recipe.batch.micro)
+        self.train_split, self.val_split, self.order = train_split, val_split, order
 
     def run(self) -> Outcome:
         run, group = self.job.run, self.group
@@ -85,6 +93,9 @@ class _Worker:
         telemetry = Telemetry(run, attempt, step, enabled=group.rank == 0)
         try:
             self._announce(telemetry, saved, broken)
+            warn_of_sorted_shards(self.train_split, self.order, telemetry)
+            last = total_steps(self.recipe, len(self.train_split))
+            fetch_ahead(self.train_split, self.order, step, last, group, telemetry)
             checkpointer = Checkpointer(
                 run.checkpoints, group, attempt, self.recipe.checkpoint.keep_last,
                 on_saved=lambda path, seconds: telemetry.event(
@@ -123,10 +134,12 @@ class _Worker:
                 "threads": self.threads,
             }
         )
-        data_hash = _data_hash(self.job.data)
+        data_hash = self.train_split.fingerprint
         _together(self.group, lambda: _check_same_data(self.job.run, data_hash, self.job.data))
         for path, why in broken:
             telemetry.event("checkpoint_broken", path=path, reason=why)
+        for why in self.train_split.unreadable:
+            telemetry.event("warning", message=f"{why} Until then other samples are shown in the place of its own.")
         telemetry.event(
             "start", world_size=self.group.world_size, workers=workers, data=str(self.job.data), data_sha256=data_hash,
             step=0 if saved is None else saved.step, recipe_sha256=_recipe_hash(self.recipe), torch=torch.__version__,
@@ -139,12 +152,12 @@ class _Worker:
         self.group.barrier()
 
     def _restore(self, saved: Saved | None) -> Ledger:
-        ledger = Ledger.empty(self.order, 0 if saved is None else saved.step)
-        if saved is not None:
-            state = like(training_state(self.engine, saved.step, ledger.steps, ledger.epochs))
-            load(saved, state, self.group)
-            self.engine.import_state(state)
-            ledger = Ledger(state["ledger.steps"], state["ledger.epochs"])
+        if saved is None:
+            return Ledger.empty(self.order, 0)
+        ledger = Ledger.empty(self.order, saved.step, saved.manifest["num_substitutes"])
+        state = like(self.engine.export_state())
+        load(saved, {**state, **ledger.state()}, self.group)
+        self.engine.import_state(state)
         return ledger
 
 
@@ -195,9 +208,15 @@ def has_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _open_splits(data: Path) -> tuple[Split, Split | None]:
-    train_split = Split(data, "train")
-    return train_split, Split(data, "val") if train_split.manifest.num_samples("val") else None
+def _open_data(job: Job, recipe: Recipe) -> tuple[Split, Split | None, Order]:
+    """The training split, the held-out one where there is one, and the order; checks that the cache can hold them."""
+    cache = None if isinstance(job.data, Path) else Cache(job.cache_directory, job.cache_bytes)
+    train_split = Split(job.data, "train", cache, recipe.input.damaged)
+    val_split = Split(job.data, "val", cache) if train_split.manifest.num_samples("val") else None
+    order = build_order(recipe, [shard.rows for shard in train_split.shards])
+    if cache is not None:
+        require_room(train_split, val_split, order, cache)
+    return train_split, val_split, order
 
 
 def _build(recipe: Recipe, found_classes: int, group: Group) -> Engine:
@@ -223,12 +242,7 @@ def _next_attempt(run: RunDirectory) -> int:
     return 1 + sum(event["event"] == "start" for event in run.events())
 
 
-def _data_hash(data: Path) -> str:
-    """The manifest names the SHA-256 of every shard, so its own stands for the whole data set."""
-    return hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest()
-
-
-def _check_same_data(run: RunDirectory, data_hash: str, data: Path) -> None:
+def _check_same_data(run: RunDirectory, data_hash: str, data: Location) -> None:
     first = next((e for e in run.events() if e["event"] == "start"), None)
     if first is not None and first["data_sha256"] != data_hash:
         raise LonghaulError(

@@ -1,12 +1,16 @@
 """`longhaul eval`: the score of a checkpoint, in one process or under torchrun."""
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from configs import LonghaulError
+from data_pipeline.cache import Cache
 from data_pipeline.split import Split
+from data_pipeline.storage import Location, parse_location
+from data_pipeline.views import choose_views
 from trainer.checkpoint import Saved, check, like, load, newest_valid, open_checkpoint
 from trainer.engines import build_engine
 from trainer.evaluate import Score, evaluate
@@ -16,26 +20,35 @@ from trainer.rundir import RunDirectory
 
 
 def score_checkpoint(
-    run: RunDirectory, checkpoint: Path | None, data: Path | None, device: str, threads: int
+    run: RunDirectory,
+    checkpoint: Path | None,
+    data: Location | None,
+    device: str,
+    threads: int,
+    views: str = "central",
+    cache_directory: Path | None = None,
+    cache_bytes: int | None = None,
 ) -> tuple[Score, Saved]:
-    """Score `checkpoint` (None: the run's newest valid one) on the held-out split of `data` (None: the run's).
+    """Score `checkpoint` (None: the run's newest valid one) on the held-out split of `data` (None: the run's), seen in
+    `views` (a name in `data_pipeline.views.VIEWS`).
 
-    Raises LonghaulError where there is no such checkpoint, or nothing is held out.
+    Raises LonghaulError where there is no such checkpoint, no such views, or nothing is held out.
     """
-    saved = _choose(run, checkpoint)
     recipe = run.recipe()
+    chosen = choose_views(views, recipe.input, recipe.evaluate)
+    saved = _choose(run, checkpoint)
     if data is None:
-        data = Path(next(event["data"] for event in run.events() if event["event"] == "start"))
-    split = Split(data, "val")
+        data = parse_location(next(event["data"] for event in run.events() if event["event"] == "start"))
+    split = Split(data, "val", None if isinstance(data, Path) else Cache(cache_directory, cache_bytes))
     place = Rendezvous.from_environment()
     threads = threads or cores_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
-    with join(place, pick_device(device, place.local_rank), timeout_seconds=600) as group:
+    with closing(split), join(place, pick_device(device, place.local_rank), timeout_seconds=600) as group:
         engine = build_engine(recipe, recipe.model.num_classes or len(split.manifest.classes), group)
         state = like(engine.export_state())
         load(saved, state, group)
         engine.import_state(state)
-        return evaluate(engine, split, recipe, group, threads), saved
+        return evaluate(engine, split, recipe, group, threads, chosen), saved
 
 
 def _choose(run: RunDirectory, checkpoint: Path | None) -> Saved:

@@ -1,32 +1,24 @@
 """`longhaul verify`: proof, from a run's newest checkpoint, that every epoch used every sample exactly once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs import LonghaulError, Recipe
 from data_pipeline.augment import augment
-from data_pipeline.order import Order
+from data_pipeline.findings import Finding
+from data_pipeline.order import Order, build_order
+from data_pipeline.records import training_records
 from data_pipeline.split import Split
+from data_pipeline.storage import Location, parse_location
 from trainer.checkpoint import Saved, load, newest_valid
 from trainer.ledger import Ledger, micro_digest, sample_hashes
 from trainer.rundir import RunDirectory
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was checked, whether it held, and the figures it rests on."""
-
-    what: str
-    holds: bool
-    figures: str
-
-
 def verify(
-    run: RunDirectory, data: Path | None = None, progress: Callable[[int, int], None] | None = None
+    run: RunDirectory, data: Location | None = None, progress: Callable[[int, int], None] | None = None
 ) -> list[Finding]:
     """Check the newest checkpoint of `run` against its data set (`data`, or where the run found it).
 
@@ -36,12 +28,12 @@ def verify(
     starts = [event for event in run.events() if event["event"] == "start"]
     if not starts:
         raise LonghaulError(f"{run.path} has no start event: nothing was trained yet.")
-    split = Split(data or Path(starts[-1]["data"]), "train")
+    split = Split(data or parse_location(starts[-1]["data"]), "train", damaged=recipe.input.damaged)
     broken: list[str] = []
     saved = newest_valid(run.checkpoints, lambda _, why: broken.append(why))
     if saved is None:
         raise LonghaulError(f"{run.checkpoints} holds no checkpoint that verifies{': ' + broken[0] if broken else ''}.")
-    order = Order(recipe.seed, len(split), recipe.batch.size, recipe.batch.micro)
+    order = build_order(recipe, [shard.rows for shard in split.shards])
     ledger = read_ledger(saved, order)
     return [
         Finding(
@@ -51,14 +43,15 @@ def verify(
         ),
         *_check_epochs(order, ledger, saved.step),
         _check_steps(recipe, order, split, ledger, progress),
+        *_name_substitutes(ledger, split),
         _check_events(run, saved.step),
     ]
 
 
 def read_ledger(saved: Saved, order: Order) -> Ledger:
     """The ledger in a checkpoint."""
-    ledger = Ledger.empty(order, saved.step)
-    load(saved, {"ledger.steps": ledger.steps, "ledger.epochs": ledger.epochs})
+    ledger = Ledger.empty(order, saved.step, saved.manifest["num_substitutes"])
+    load(saved, ledger.state())
     return ledger
 
 
@@ -93,8 +86,9 @@ def _check_steps(
     """Every step's digest against samples and crop boxes computed anew from the recipe and the seed."""
     recorded = ledger.steps.numpy().view(np.uint64)
     wrong = []
+    substitutes = {(epoch, sample): shown for epoch, sample, shown in ledger.substitutes.tolist()}
     for step in range(len(recorded)):
-        if step_digest(recipe, order, split, step) != int(recorded[step]):
+        if step_digest(recipe, order, split, step, substitutes) != int(recorded[step]):
             wrong.append(step)
         if progress is not None:
             progress(step + 1, len(recorded))
@@ -102,15 +96,30 @@ def _check_steps(
     return Finding("every step saw the samples, crops and flips that recipe and seed give it", not wrong, figures)
 
 
-def step_digest(recipe: Recipe, order: Order, split: Split, step: int) -> int:
-    """What the ledger must hold for a step, computed from the recipe alone."""
+def step_digest(
+    recipe: Recipe, order: Order, split: Split, step: int, substitutes: dict[tuple[int, int], int] | None = None
+) -> int:
+    """What the ledger must hold for a step, computed from the recipe alone; `substitutes` gives, by (epoch, sample),
+    what was shown in the place of damaged samples."""
     total = 0
     for micro in range(recipe.batch.num_micro):
         epochs, ids = order.micro_batch(step, micro)
-        drawn = augment(recipe.input, recipe.seed, epochs, ids, split.sizes[ids])
-        records = np.column_stack([epochs, ids, drawn.boxes, drawn.flips]).astype(np.int64)
-        total += micro_digest(micro, records)
+        shown = ids.copy()
+        for place, key in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True) if substitutes else ()):
+            shown[place] = (substitutes or {}).get(key, shown[place])
+        drawn = augment(recipe.input, recipe.seed, epochs, shown, split.sizes[shown])
+        total += micro_digest(micro, training_records(epochs, ids, shown, drawn))
     return total % 2**64
+
+
+def _name_substitutes(ledger: Ledger, split: Split) -> list[Finding]:
+    """The samples that could not be shown: for people to know, the run holds."""
+    found = ledger.substitutes.tolist()
+    if not found:
+        return []
+    samples = sorted({sample for _, sample, _ in found})
+    named = "; ".join(split.where(sample) for sample in samples[:3]) + ("; ..." if len(samples) > 3 else "")
+    return [Finding(f"{len(found)} times another sample was shown for a damaged one", True, named)]
 
 
 def _check_events(run: RunDirectory, step: int) -> Finding:

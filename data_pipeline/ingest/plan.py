@@ -63,11 +63,11 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, by the names that the manifest uses."""
-        return {"name": self.source, **self.identity, **self.recorded()}
+        return {"name": self.source, **self.identity, "shuffled": self.shuffled, **self.recorded()}
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest says of how the data set was made."""
-        return {"shuffled": self.shuffled, "shard_bytes": self.shard_bytes, **asdict(self.options)}
+        return {"shard_bytes": self.shard_bytes, **asdict(self.options)}
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,16 @@ class Listing:
 
 
 class Source(Protocol):
-    """A set of images. It can be pickled, so that several processes may read parts of it."""
+    """A set of images. It can be pickled, so that several processes may read parts of it.
+
+    Attributes:
+        name: of the data set, for people.
+        sequential: whether an image cannot be read without its neighbours in the listing, so that shards that follow
+            its order are read many times faster than shards of items from everywhere.
+    """
 
     name: str
+    sequential: bool
 
     def listing(self) -> Listing:
         """What is there; raises LonghaulError where it cannot be listed."""
@@ -43,5 +50,5 @@ class Source(Protocol):
 
     def read(self, items: list[Item]) -> Iterator[bytes | OSError]:
         """The encoded images of some of the listing's items, in order; an error in the place of one that cannot be
-        read."""
+        read. Raises LonghaulError where the source itself is gone."""
         ...

@@ -13,6 +13,7 @@ class Digits:
     """scikit-learn's digits: 1,797 real 8x8 grey scans (Alpaydin & Kaynak 1998), every fifth of a class held out."""
 
     name = "digits"
+    sequential = False
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits

@@ -14,14 +14,15 @@ class Engine(Protocol):
         """Forward and backward of one micro-batch.
 
         Args:
-            images: float32 [n, 3, size, size], channels-last.
-            labels: int64 [n].
+            images: float32 [n, 3, height, width], channels-last.
+            labels: int64 [n], or after mixing float32 [n, classes], each row a distribution.
             seed: for anything random in the network; a function of recipe, step and micro-batch.
             first: whether this is micro-batch 0 of the step, whose batch-norm statistics are kept.
             last: whether this is the rank's last micro-batch of the step, after which gradients are reduced.
 
         Returns:
-            float64 [2] on the device, detached: the mean loss, and the number of correct predictions.
+            float64 [2] on the device, detached: the mean loss, and the number of correct predictions (after
+            mixing, of the likeliest class).
         """
         ...
 

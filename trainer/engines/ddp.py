@@ -45,7 +45,8 @@ class DdpEngine:
             loss = self._criterion(logits.float(), labels)
             (loss * self._weight).backward()
         with torch.no_grad():
-            correct = (logits.argmax(1) == labels).sum()
+            classes = labels if labels.ndim == 1 else labels.argmax(1)
+            correct = (logits.argmax(1) == classes).sum()
             return torch.stack([loss.detach().double(), correct.double()])
 
     def update(self, learning_rate: float) -> None:

@@ -1,0 +1,36 @@
+"""Processes that read a whole split at a URL through one cache; apart from the tests, to start without torch."""
+
+import multiprocessing as mp
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.cache import Cache
+from data_pipeline.split import Split
+from tests.s3 import Proxy
+
+_CONTEXT = mp.get_context("spawn")
+
+
+def start_fetchers(count: int, url: str, cache: Path, proxy: Proxy, bytes_per_second: int) -> list[Any]:
+    """Start processes that begin together, once all have the index, over connections of so many bytes a second."""
+    barrier = _CONTEXT.Barrier(count + 1)
+    processes = [_CONTEXT.Process(target=_read_all, args=(url, cache, barrier)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    while barrier.n_waiting < count:
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+    proxy.bytes_per_second = bytes_per_second
+    barrier.wait()
+    return processes
+
+
+def _read_all(url: str, cache: Path, barrier: Any) -> None:
+    split = Split(url, "train", Cache(cache))
+    barrier.wait()
+    for ids in np.array_split(np.arange(len(split)), 60):
+        split.images(ids)
+    split.close()
