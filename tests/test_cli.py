@@ -48,7 +48,7 @@ TRAIN = ("train", "digits", "--name", "x", "--local")
         ((*TRAIN, "model.name=resnet20"), ["'resnet20'", "cifar-resnet20"]),
         ((*TRAIN, "model.num_classes=5"), ["model.num_classes=5", "10 classes"]),
         ((*TRAIN, "input.size=32"), ["8x8", "input.size is 32"]),
-        (("prepare", "nowhere", "--out", "d"), ["nowhere", "folder for each class"]),
+        (("prepare", "nowhere", "--out", "d"), ["nowhere", "path or URL of a data set"]),
         (("verify", "ghost"), ["ghost", "no run"]),
         (("report", "ghost"), ["ghost", "no run"]),
         (("eval", "ghost"), ["ghost", "no run"]),
