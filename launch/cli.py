@@ -62,7 +62,8 @@ def _main(
 )
 def prepare(
     source: Annotated[
-        str, typer.Argument(help="'digits', or the path or URL of a data set: a folder for each class, tars, Parquet, ...")
+        str,
+        typer.Argument(help="'digits', or the path or URL of a data set: a folder for each class, tars, Parquet, ..."),
     ],
     out: Annotated[Path, typer.Option("--out", help="The data set's directory; it must not exist.")],
     holdout: Annotated[
