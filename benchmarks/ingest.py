@@ -33,6 +33,8 @@ FORMS = {
 class Repeated:
     """A source several times over, so that what a `prepare` costs once weighs as little as in a real one."""
 
+    sequential = False
+
     def __init__(self, source: Source, times: int) -> None:
         self.name, self._source, self._times = source.name, source, times
 

@@ -49,9 +49,10 @@ class Manifest:
         indexes: the index of each split.
         mean, std: per channel over the training pixels, images in [0, 1].
         encoding: what the column `image` holds: "jpeg", or "raw" for uint8 pixels [height, width, 3] (RGB).
-        options: how it was prepared: `shuffled`, `shard_bytes`, and the fields of `ingest.Options`.
+        options: how it was prepared: `shard_bytes`, and the fields of `ingest.Options`.
         source_bytes: of the images that were read.
         quarantined: key, kind and reason of each image that was left out.
+        shuffled: whether samples were put into shards at random; None where that is not known.
     """
 
     name: str
@@ -65,12 +66,8 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     source_bytes: int = 0
     quarantined: list[dict[str, str]] = field(default_factory=list)
+    shuffled: bool | None = None
     format: int = FORMAT
-
-    @property
-    def shuffled(self) -> bool | None:
-        """Whether training samples were put into shards at random; None where that is not known."""
-        return self.options.get("shuffled")
 
     def num_samples(self, split: str) -> int:
         return sum(shard.rows for shard in self.splits.get(split, []))

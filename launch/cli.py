@@ -61,7 +61,10 @@ def _main(
     "longhaul prepare imagenet/ --out data/imagenet-small --max-side 500 --quality 90"
 )
 def prepare(
-    source: Annotated[str, typer.Argument(help="'digits', or a directory, zip or tar with a folder for each class.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="'digits', or the path or URL of a data set: a folder for each class, tars, Parquet, ..."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="The data set's directory; it must not exist.")],
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="Share to hold out where the source has no val/ or test/.")
@@ -76,9 +79,14 @@ def prepare(
     upright: Annotated[
         bool, typer.Option("--upright", help="Turn images as their EXIF orientation says (otherwise ignored).")
     ] = False,
-    keep_order: Annotated[
-        bool, typer.Option("--keep-order", help="Store training images in the source's order, not a shuffled one.")
-    ] = False,
+    shuffle: Annotated[
+        bool | None,
+        typer.Option(
+            "--shuffle/--keep-order",
+            help="Store training images in a shuffled order, or in the source's (default: shuffled, but of Parquet).",
+            show_default=False,
+        ),
+    ] = None,
     shard_mib: Annotated[int, typer.Option(min=1, max=1024, help="About the size of a shard, in MiB.")] = 128,
     jobs: Annotated[int, typer.Option(min=0, help="Processes on this machine (0: one for each core).")] = 0,
     workers: Annotated[
@@ -98,7 +106,7 @@ def prepare(
     from launch.commands import prepare_data
 
     options = Options(max_side, quality, raw, upright)
-    prepare_data(console, source, out, holdout, options, shard_mib, keep_order, jobs, workers, restart)
+    prepare_data(console, source, out, holdout, options, shard_mib, shuffle, jobs, workers, restart)
 
 
 @app.command(

@@ -245,7 +245,7 @@ def test_the_command_says_what_became_of_the_images(
     assert "3 images could not be used and were left out (2 empty, 1 truncated)" in words
     assert "quarantine.tsv" in words
     manifest = Manifest.read(out)
-    assert manifest.encoding == "raw" and manifest.options["upright"] and not manifest.options["shuffled"]
+    assert manifest.encoding == "raw" and manifest.options["upright"] and manifest.shuffled is None
     assert json.loads((out / "manifest.json").read_text())["options"]["max_side"] == 100
 
 

@@ -554,7 +554,7 @@ def test_a_windowed_order_over_sorted_shards_is_warned_of(digits: Path, tmp_path
         for path in digits.iterdir():
             (data / path.name).symlink_to(path)
         (data / "manifest.json").unlink()
-        (data / "manifest.json").write_text(json.dumps(manifest | {"options": {"shuffled": shuffled}}))
+        (data / "manifest.json").write_text(json.dumps(manifest | {"shuffled": shuffled}))
         run = RunDirectory(tmp_path / f"run-{shuffled}")
         run.path.mkdir()
         telemetry = Telemetry(run, 1, 0, enabled=True)

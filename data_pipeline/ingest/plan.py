@@ -52,24 +52,22 @@ class Settings:
     """What a data set is made of and how; a resumed `prepare` must be given the same.
 
     Attributes:
-        shuffled: whether the training split is put into a pseudo-random order; None if it was to be, but the source can
-            only be read in its own.
         identity: what the source was opened with, by the names that people know; never written into the data set.
     """
 
     source: str
     options: Options
     shard_bytes: int
-    shuffled: bool | None
+    shuffled: bool
     identity: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, by the names that the manifest uses."""
-        return {"name": self.source, **self.identity, **self.recorded()}
+        return {"name": self.source, **self.identity, "shuffled": self.shuffled, **self.recorded()}
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest says of how the data set was made."""
-        return {"shuffled": self.shuffled, "shard_bytes": self.shard_bytes, **asdict(self.options)}
+        return {"shard_bytes": self.shard_bytes, **asdict(self.options)}
 
 
 @dataclass(frozen=True)

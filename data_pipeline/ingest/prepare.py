@@ -24,7 +24,7 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
     options: Options | None = None,
-    shuffle: bool = True,
+    shuffle: bool | None = None,
     identity: dict[str, Any] | None = None,
     restart: bool = False,
     executor: Executor = in_this_process,
@@ -39,8 +39,8 @@ def prepare(
     Args:
         shard_bytes: the size of a shard, estimated from the sizes of the images in the source.
         progress: called as `progress(done, total)` with numbers of images, at first and as they are done.
-        shuffle: store the training images in a pseudo-random order, always the same, rather than in the source's; but
-            for sources in which an image cannot be read without its neighbours (`Source.sequential`).
+        shuffle: store the training images in a pseudo-random order, always the same, rather than in the source's; None:
+            unless the source is `sequential`.
         identity: what the source was opened with, to be compared when an earlier call is continued (`fingerprint`).
         restart: forget what an earlier call has done.
         executor: who writes the shards.
@@ -51,9 +51,11 @@ def prepare(
             could be decoded; the disk is full; the source cannot be read. What is finished is kept.
     """
     options = options or Options()
-    # A sequential source is read in its own order, whatever that is.
-    shuffled = None if shuffle and source.sequential else shuffle
-    settings = Settings(source.name, options, shard_bytes, shuffled, identity or {})
+    if shuffle is None:
+        shuffle = not source.sequential
+        if source.sequential and say is not None:
+            say("The source's order is kept, for reading it in another takes many times longer; --shuffle does so.")
+    settings = Settings(source.name, options, shard_bytes, shuffle, identity or {})
     unfinished = Unfinished(out.absolute())
     unfinished.refuse_existing()
     with unfinished.locked():
@@ -104,6 +106,7 @@ def _conclude(unfinished: Unfinished, plan: Plan, reports: list[ShardReport], se
             options=settings.recorded(),
             source_bytes=sum(report.source_bytes for report in reports),
             quarantined=quarantined,
+            shuffled=settings.shuffled or None,
         )
         _write_quarantine(data / "quarantine.tsv", quarantined)
         manifest.write(data)

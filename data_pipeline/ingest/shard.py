@@ -3,8 +3,6 @@
 import itertools
 import json
 import socket
-import tarfile
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +120,7 @@ class WriteShard:
         task = builder.task
         items = self._plan.items(task)
         unread = 0
-        for done, (item, data) in enumerate(zip(items, read_ahead(self._read(items)), strict=True), 1):
+        for done, (item, data) in enumerate(zip(items, read_ahead(self.source.read(items)), strict=True), 1):
             try:
                 if isinstance(data, OSError):
                     unread += 1
@@ -136,14 +134,6 @@ class WriteShard:
                 f"None of the {unread} images of {task.file} could be read from '{self.source.name}' "
                 f"({builder.quarantined[0]['reason']}): see that the source is there; the same command goes on."
             )
-
-    def _read(self, items: list[Item]) -> Iterator[bytes | OSError]:
-        try:
-            yield from self.source.read(items)
-        except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
-            raise LonghaulError(
-                f"'{self.source.name}' cannot be read ({error}): see that it is there; the same command goes on."
-            ) from error
 
     @cached_property
     def _plan(self) -> Plan:
