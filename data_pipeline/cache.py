@@ -155,12 +155,14 @@ class Cache:
                 f"{readable(self.limit)}."
             )
         with self._exclusively():
-            if path.is_file():
-                if path.stat().st_size == shard.bytes:
-                    return None  # fetched a moment ago
-                path.unlink()  # damaged
             taken = self._taken()
-            if part.exists() or not self._make_room(taken, shard.bytes):
+            if part.exists():
+                return None
+            if path.is_file():  # looked for after the part, which may become it at any moment
+                if path.stat().st_size == shard.bytes:
+                    return None
+                path.unlink()  # damaged
+            if not self._make_room(taken, shard.bytes):
                 return None
             claim = part.open("xb")
             fcntl.flock(claim, fcntl.LOCK_EX)

@@ -206,11 +206,17 @@ def test_a_shard_is_fetched_before_it_is_asked_for(proxy: Proxy, manifest: Manif
 
 @pytest.mark.slow
 def test_processes_that_want_the_same_shards_fetch_each_once(proxy: Proxy, tmp_path: Path) -> None:
-    # A tenth of a second for each shard, so that they do meet:
-    assert wait(start_fetchers(4, URL, tmp_path, proxy, bytes_per_second=300_000)) == [0] * 4
+    """At full speed, many times: what is decided in moments goes wrong now and then only."""
+    assert wait(start_fetchers(3, URL, tmp_path, proxy, rounds=12)) == [0] * 3
+    gets = proxy.shard_gets()
+    assert len(gets) == 36 and set(gets.values()) == {12}, gets
+    assert not list(tmp_path.glob("*/*.part"))
+
+
+def test_processes_that_meet_at_slow_downloads_fetch_each_once(proxy: Proxy, tmp_path: Path) -> None:
+    assert wait(start_fetchers(2, URL, tmp_path, proxy, bytes_per_second=300_000)) == [0] * 2
     gets = proxy.shard_gets()
     assert len(gets) == 36 and set(gets.values()) == {1}, gets
-    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_kill_while_fetching_leaves_nothing_wrong(digits: Path, proxy: Proxy, tmp_path: Path) -> None:
@@ -502,6 +508,7 @@ def test_a_global_order_fetches_all_at_the_start(
     train(job, 2, environment)
     assert different(final_state(job.run), final_state(local.run)) == []
     total = sum(shard.bytes for shard in manifest.splits["train"])
+    assert kinds(job.run, "step")[0]["shard_fetched_bytes"] > total
     assert kinds(job.run, "fetching")[-1]["bytes"] == kinds(job.run, "fetching")[-1]["total_bytes"] == total
     assert set(proxy.shard_gets().values()) == {1}
 

@@ -86,11 +86,11 @@ def fetch_ahead(
 
 
 class FetchMeter:
-    """What was fetched since the last report, on all ranks."""
+    """What was fetched since the last report, on all ranks; the first report tells of all before the first step too."""
 
     def __init__(self, split: Split, group: Group) -> None:
         self._split, self._group = split, group
-        self._before = self._now()
+        self._before = dict.fromkeys(self._now(), 0.0)
 
     def report(self, steps: int) -> dict[str, float]:
         """Figures for a step event, none where the data is local; called by all ranks together. `shard_wait_seconds`
