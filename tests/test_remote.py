@@ -573,4 +573,4 @@ def test_a_windowed_order_over_sorted_shards_is_warned_of(digits: Path, tmp_path
         telemetry.close()
         warnings = kinds(run, "warning")
         assert len(warnings) == expected
-    assert "mixes 4 of 35 shards at a time" in kinds(RunDirectory(tmp_path / "run-False"), "warning")[0]["message"]
+    assert f"mixes 4 of {len(rows)} shards at a time" in kinds(RunDirectory(tmp_path / "run-False"), "warning")[0]["message"]

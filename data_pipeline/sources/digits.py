@@ -28,7 +28,7 @@ class Digits:
         for index, label in enumerate(self._labels):
             split = "val" if seen[label] % 5 == 4 else "train"
             seen[label] += 1
-            items.append(Item(split, int(label), f"{split}/{label}/{index:04d}.jpg", str(index), 400))
+            items.append(Item(split, int(label), f"{split}/{label}/{index:04d}.jpg", str(index), 720))
         return Listing([str(digit) for digit in range(10)], items)
 
     def read(self, items: list[Item]) -> Iterator[bytes | OSError]:
