@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -66,6 +67,9 @@ def proxy(server: tuple[Proxy, dict[str, str]]) -> Iterator[Proxy]:
     proxy.gets.clear()
     yield proxy
     proxy.bytes_per_second = 0
+    for thread in threading.enumerate():
+        if thread.name.startswith("shards"):  # what a closed split was still fetching must not count for the next test
+            thread.join(timeout=30)
 
 
 @pytest.fixture(scope="module")
