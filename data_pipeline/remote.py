@@ -74,9 +74,11 @@ class RemoteShards:
         return sum(self._shards[shard].bytes for shard in done)
 
     def forget(self, shards: Iterable[int]) -> None:
-        """Drop the cached files of shards whose bytes turned out to be damaged."""
-        for shard in shards:
+        """Drop shards whose bytes turned out to be damaged; they are fetched again when they are wanted next."""
+        for shard in set(shards):
             self._cache.forget(self._shards[shard])
+            with self._lock:
+                self._opened.pop(shard, None)
 
     @property
     def traffic(self) -> dict[str, int]:

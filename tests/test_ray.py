@@ -126,7 +126,7 @@ def test_mistakes_that_only_the_workers_see_are_one_sentence(
     broken.mkdir()
     for path in data.iterdir():
         (broken / path.name).write_bytes(
-            path.read_bytes()[:-1000] if path.name.startswith("train") else path.read_bytes()
+            path.read_bytes()[:-1000] if path.name.startswith("train-") else path.read_bytes()
         )
     process = popen(command(broken, tmp_path / "runs", "broken"), started)
     output, _ = process.communicate(timeout=300)

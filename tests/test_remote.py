@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from configs import LonghaulError
 from data_pipeline.cache import Cache, parse_bytes
+from data_pipeline.feed import sound
 from data_pipeline.ingest import prepare
 from data_pipeline.order import Order, WindowedOrder
 from data_pipeline.remote import RemoteShards, sequential_windows, two_windows_bytes
@@ -285,6 +286,21 @@ def test_a_damaged_image_is_found_and_its_copy_dropped(proxy: Proxy, tmp_path: P
     ids = np.array([1, 0])
     assert split.damaged(ids, split.images(ids)) == [1]
     assert not copy.exists() and "s3://bucket/digits/train-00000.arrow, row 0" in split.where(0)
+    split.close()
+
+
+def test_training_over_a_damaged_copy_fetches_it_again_and_substitutes_nothing(proxy: Proxy, tmp_path: Path) -> None:
+    split = Split(URL, "train", Cache(tmp_path))
+    ids = np.array([1, 0])
+    image = bytes(split.images(ids)[1])
+    copy = tmp_path / split.shards[0].sha256
+    with copy.open("r+b") as file:  # in place: what is mapped changes too
+        file.seek(copy.read_bytes().index(image) + 20)
+        file.write(b"\xff\xff")
+    for policy in ("fail", "substitute"):
+        found = sound(split, ids, policy)
+        assert found.ids.tolist() == [1, 0] and bytes(found.images[1]) == image
+    assert proxy.shard_gets()["train-00000.arrow"] == 2
     split.close()
 
 
@@ -577,4 +593,7 @@ def test_a_windowed_order_over_sorted_shards_is_warned_of(digits: Path, tmp_path
         telemetry.close()
         warnings = kinds(run, "warning")
         assert len(warnings) == expected
-    assert f"mixes 4 of {len(rows)} shards at a time" in kinds(RunDirectory(tmp_path / "run-False"), "warning")[0]["message"]
+    assert (
+        f"mixes 4 of {len(rows)} shards at a time"
+        in kinds(RunDirectory(tmp_path / "run-False"), "warning")[0]["message"]
+    )
