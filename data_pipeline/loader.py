@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from configs import LonghaulError
 from configs.schema import Input, PadCrop
 from data_pipeline.augment import augment
-from data_pipeline.buffers import Buffers
+from data_pipeline.direct import direct_batches, is_direct
 from data_pipeline.distort import distortion_inputs
 from data_pipeline.erasing import erase
 from data_pipeline.feed import Feed, Sound, sound
+from data_pipeline.normalise import Normaliser
 from data_pipeline.pipeline import decoded_shapes, evaluation_pipeline, options, training_pipeline
 from data_pipeline.records import EPOCH, SHOWN, training_records
 from data_pipeline.resolution import size_at
 from data_pipeline.split import Split
+from data_pipeline.threads import Threads
 from data_pipeline.views import Views, central_view
 
 
@@ -90,11 +92,19 @@ def training_batches(
         shown = records[:, SHOWN]
         return augment(config, order.seed, records[:, EPOCH], shown, split.sizes[shown]).shifts
 
-    feed = Feed(len(work), prepare)
-    pipeline = training_pipeline(config, feed, **_options(split, order.micro_size, device, threads))
-    buffers = Buffers()
-    for (images,), records in _run(pipeline, feed, split):
-        pixels = normalised(images.to(device), config, buffers, shifts(records))
+    def decoded() -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
+        feed = Feed(len(work), prepare)
+        pipeline = training_pipeline(config, feed, **_options(split, order.micro_size, device, threads, workers))
+        normalise = Normaliser(config, workers)
+        for (images,), records in _run(pipeline, feed, split):
+            yield normalise(images.to(device), shifts(records)), records
+
+    workers = Threads(threads) if device.type == "cpu" else None
+    if workers is not None and is_direct(config, split.manifest.encoding):
+        batches = direct_batches(prepare, len(work), config, workers, shifts)
+    else:
+        batches = decoded()
+    for pixels, records in batches:
         erase(config, order.seed, pixels, records[:, EPOCH], records[:, SHOWN])
         yield Batch(pixels, _labels(split, records[:, SHOWN], device), records)
 
@@ -117,10 +127,11 @@ def evaluation_batches(
 
     feed = Feed(len(batches), prepare)
     largest = max((len(ids) for ids in batches), default=1)
-    pipeline = evaluation_pipeline(config, views.crops, feed, **_options(split, largest, device, threads))
-    buffers = Buffers()
+    workers = Threads(threads) if device.type == "cpu" else None
+    pipeline = evaluation_pipeline(config, views.crops, feed, **_options(split, largest, device, threads, workers))
+    normalise = Normaliser(config, workers)
     for seen, records in _run(pipeline, feed, split):
-        images, *others = [normalised(view.to(device), config, buffers) for view in seen]
+        images, *others = [normalise(view.to(device)) for view in seen]
         yield Batch(images, _labels(split, records[:, 0], device), records, tuple(others))
 
 
@@ -134,24 +145,6 @@ def check_sizes(split: Split, config: Input) -> None:
                 f"{split.key(int(wrong[0]))} is {width}x{height} but input.size is {config.size} and the recipe does "
                 f"not resize: set input.size, or use a recipe with resized_crop and eval_resize."
             )
-
-
-def normalised(
-    images: torch.Tensor, config: Input, buffers: Buffers, shifts: NDArray[np.float32] | None = None
-) -> torch.Tensor:
-    """uint8 [n, height, width, 3] as float32 [n, 3, height, width], channels-last, with the recipe's mean and standard
-    deviation; `shifts`, float32 [n, 3], is added to images in [0, 1] before."""
-    n, height, width, _ = images.shape
-    scale = 1 / (255 * torch.tensor(config.std))
-    offset = (-255 * torch.tensor(config.mean) * scale).expand(n, 3)
-    if shifts is not None:
-        offset = offset + 255 * torch.from_numpy(shifts) * scale
-    # A row at a time, as one vector: broadcasting over three channels would leave vector units idle.
-    whole = images.reshape(n, height, 3 * width)
-    rows = buffers.take(tuple(whole.shape)).copy_(whole) if images.device.type == "cpu" else whole.to(torch.float32)
-    scales, offsets = scale.repeat(width).to(images.device), offset.repeat(1, width)[:, None].to(images.device)
-    torch.addcmul(offsets, rows, scales, out=rows)
-    return rows.view(n, height, width, 3).permute(0, 3, 1, 2)
 
 
 def _run(pipeline: Any, feed: Feed, split: Split) -> Iterator[tuple[list[torch.Tensor], NDArray[np.int64]]]:
@@ -189,8 +182,8 @@ def _labels(split: Split, ids: NDArray[np.int64], device: torch.device) -> torch
     return torch.from_numpy(split.labels[ids].astype(np.int64)).to(device)
 
 
-def _options(split: Split, largest: int, device: torch.device, threads: int) -> dict[str, Any]:
-    return options(largest, _device_id(device), threads, split.manifest.encoding)
+def _options(split: Split, largest: int, device: torch.device, threads: int, workers: Threads | None) -> dict[str, Any]:
+    return options(largest, _device_id(device), threads, split.manifest.encoding, workers)
 
 
 def _device_id(device: torch.device) -> int | None:

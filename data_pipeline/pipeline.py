@@ -16,6 +16,7 @@ from configs.schema import Input, PadCrop
 from data_pipeline.distort import num_inputs
 from data_pipeline.photometric import distort
 from data_pipeline.resize import Resizer
+from data_pipeline.threads import Threads
 
 PREFETCH = 2
 
@@ -45,8 +46,8 @@ def evaluation_pipeline(config: Input, crops: tuple[int, ...], source: Callable[
     return pipeline
 
 
-def options(batch: int, device_id: int | None, threads: int, encoding: str) -> dict[str, Any]:
-    """The execution options both pipelines share; `device_id` None means CPU."""
+def options(batch: int, device_id: int | None, threads: int, encoding: str, workers: Threads | None) -> dict[str, Any]:
+    """The execution options both pipelines share. On the CPU `device_id` is None, and `workers` resize."""
     return {
         "batch_size": batch,
         "num_threads": threads,
@@ -54,7 +55,7 @@ def options(batch: int, device_id: int | None, threads: int, encoding: str) -> d
         "prefetch_queue_depth": PREFETCH,
         "exec_dynamic": True,
         "encoding": encoding,
-        "resizer": Resizer(threads) if device_id is None else None,
+        "resizer": None if workers is None else Resizer(workers),
     }
 
 

@@ -5,22 +5,20 @@ Pillow-SIMD's, vectorised for AVX2) is several times faster and gives the pixels
 resize to within one level, which is what torchvision's training and evaluation transforms give.
 """
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from data_pipeline.threads import Threads
 
 _antialiased_bilinear = torch.ops.aten._upsample_bilinear2d_aa  # what torch.nn.functional.interpolate calls
 
 
 class Resizer:
-    """Resizes and mirrors images of a batch with `threads` threads."""
+    """Resizes and mirrors images of a batch."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: Threads) -> None:
         self._threads = threads
-        self._pool = _single_threaded_workers(threads)
 
     def __call__(
         self,
@@ -34,30 +32,19 @@ class Resizer:
         """
         resized: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(images)
 
-        def share(first: int) -> None:
-            for i in range(first, len(images), self._threads):
-                resized[i] = _resize(images[i], sizes[i].tolist(), flips is not None and bool(flips[i]))
+        def act(i: int) -> None:
+            resized[i] = resize(images[i], sizes[i].tolist(), flips is not None and bool(flips[i])).numpy()
 
-        list(self._pool.map(share, range(self._threads)))
+        self._threads.each(len(images), act)
         return resized
 
 
-def _resize(image: NDArray[np.uint8], size: list[int], flip: bool) -> NDArray[np.uint8]:
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]  # channels-last strides, which is what the kernel is for
+def resize(image: NDArray[np.uint8], size: list[int], flip: bool) -> torch.Tensor:
+    """An image, uint8 [height, width, 3], resized and mirrored; a row is one vector, uint8 [height, 3 * width]."""
+    # In this order, or the batch dimension has a stride by which torch does not take it for channels-last.
+    planes = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
     if list(image.shape[:2]) != size:
         planes = _antialiased_bilinear(planes, size, False)
     if flip:
         planes = planes.flip(3)
-    return planes[0].permute(1, 2, 0).reshape(size[0], 3 * size[1]).numpy()
-
-
-def _single_threaded_workers(number: int) -> ThreadPoolExecutor:
-    """Threads whose torch operators use no further threads; the other threads of the process keep what they have."""
-    before = torch.get_num_threads()
-    all_started = threading.Barrier(number + 1)
-    pool = ThreadPoolExecutor(number, "resize", initializer=torch.set_num_threads, initargs=(1,))
-    for _ in range(number):
-        pool.submit(all_started.wait)
-    all_started.wait()
-    torch.set_num_threads(before)  # of later threads too: the number is inherited from whoever set it last
-    return pool
+    return planes[0].permute(1, 2, 0).reshape(size[0], 3 * size[1])
