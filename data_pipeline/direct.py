@@ -1,12 +1,14 @@
-"""Training batches of raw pixels on the CPU: nothing to decode, so without DALI.
+"""Training batches on the CPU: DALI decodes, and threads bring the regions straight into the batch.
 
-Each image is cropped, resized, mirrored and normalised by one thread while it is in that core's cache; with nothing to
-decode, passing it on between operators would cost as much as the rest.
+Each region is resized, mirrored and normalised by one thread while it is in that core's cache; passing it on between
+operators would cost as much again. What a recipe has done to pixels in between (`distort`) needs the operators.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,46 +23,62 @@ from data_pipeline.normalise import coefficients, normalise
 from data_pipeline.resize import resize
 from data_pipeline.threads import Threads
 
-Prepare = Callable[[int], tuple[Sound, tuple[Any, ...]]]
 Shifts = Callable[[NDArray[np.int64]], NDArray[np.float32] | None]
 
 
-def is_direct(config: Input, encoding: str) -> bool:
-    """Whether there is nothing to do that needs DALI, on the CPU."""
-    return encoding == "raw" and not isinstance(config.crop, PadCrop) and not num_inputs(config)
+@dataclass(frozen=True)
+class Regions:
+    """What lies in the crop boxes of a micro-batch, and what is to become of it.
+
+    Attributes:
+        images: uint8 [height, width, 3] each.
+        flips: int32 [n].
+        records: int64 [n, 8].
+        sizes: int32 [n, 2], the (height, width) to resize to, the same for all.
+    """
+
+    images: list[NDArray[np.uint8]]
+    flips: NDArray[np.int32]
+    records: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+
+
+def is_direct(config: Input) -> bool:
+    """Whether regions are resized and nothing else is done to their pixels before they are normalised."""
+    return not isinstance(config.crop, PadCrop) and not num_inputs(config)
+
+
+def raw_regions(count: int, prepare: Callable[[int], tuple[Sound, tuple[Any, ...]]]) -> Generator[Regions, None, None]:
+    """The regions of `count` batches of raw pixels: nothing to decode."""
+    for index in range(count):
+        samples, (anchors, shapes, flips, records, sizes) = prepare(index)
+        boxes = zip(samples.images, anchors.tolist(), shapes.tolist(), strict=True)
+        yield Regions([image[y : y + h, x : x + w] for image, (y, x), (h, w) in boxes], flips, records, sizes)
 
 
 def direct_batches(
-    prepare: Prepare, count: int, config: Input, threads: Threads, shifts: Shifts
+    regions: Generator[Regions, None, None], config: Input, threads: Threads, shifts: Shifts
 ) -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
-    """(images float32 [n, 3, size, size], normalised, channels-last; records) of `count` batches, one made ahead by a
-    thread that prepares it and then has it resized: more threads would contend for the interpreter."""
+    """(images float32 [n, 3, size, size], normalised, channels-last; records) of each batch, one made ahead."""
     buffers = Buffers()
 
-    def make(index: int) -> tuple[torch.Tensor, NDArray[np.int64]]:
-        samples, (anchors, shapes, flips, records, sizes) = prepare(index)
-        images = samples.images
-        height, width = sizes[0].tolist()
-        scales, offsets = coefficients(config, len(images), width, shifts(records))
-        rows = buffers.take((len(images), height, 3 * width))
-        tops_lefts, heights_widths, flipped = anchors.tolist(), shapes.tolist(), flips.tolist()
+    def make() -> tuple[torch.Tensor, NDArray[np.int64]] | None:
+        batch = next(regions, None)
+        if batch is None:
+            return None
+        images, flips, size = batch.images, batch.flips.tolist(), batch.sizes[0].tolist()
+        scales, offsets = coefficients(config, len(images), size[1], shifts(batch.records))
+        rows = buffers.take((len(images), size[0], 3 * size[1]))
+        threads.each(
+            len(images), lambda i: normalise(resize(images[i], size, bool(flips[i])), scales, offsets[i], rows[i])
+        )
+        return rows.view(len(images), *size, 3).permute(0, 3, 1, 2), batch.records
 
-        def one(i: int) -> None:
-            (y, x), (h, w) = tops_lefts[i], heights_widths[i]
-            pixels = resize(images[i][y : y + h, x : x + w], [height, width], bool(flipped[i]))
-            normalise(pixels, scales, offsets[i], rows[i])
-
-        threads.each(len(images), one)
-        return rows.view(len(images), height, width, 3).permute(0, 3, 1, 2), records
-
-    with ThreadPoolExecutor(1, "direct") as ahead:
-        coming: deque[Future[tuple[torch.Tensor, NDArray[np.int64]]]] = deque()
+    with closing(regions), ThreadPoolExecutor(1, "direct") as ahead:
+        coming: deque[Future[tuple[torch.Tensor, NDArray[np.int64]] | None]] = deque([ahead.submit(make)])
         try:
-            for index in range(count):
-                coming.append(ahead.submit(make, index))
-                if len(coming) > 1:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
+            while made := coming.popleft().result():
+                coming.append(ahead.submit(make))
+                yield made
         finally:
             ahead.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
 """Batches on the device, in an order given from outside and prefetched."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from configs import LonghaulError
 from configs.schema import Input, PadCrop
 from data_pipeline.augment import augment
-from data_pipeline.direct import direct_batches, is_direct
+from data_pipeline.direct import Regions, direct_batches, is_direct, raw_regions
 from data_pipeline.distort import distortion_inputs
 from data_pipeline.erasing import erase
 from data_pipeline.feed import Feed, Sound, sound
 from data_pipeline.normalise import Normaliser
-from data_pipeline.pipeline import decoded_shapes, evaluation_pipeline, options, training_pipeline
+from data_pipeline.pipeline import decoded_shapes, evaluation_pipeline, options, region_pipeline, training_pipeline
 from data_pipeline.records import EPOCH, SHOWN, training_records
 from data_pipeline.resolution import size_at
 from data_pipeline.split import Split
@@ -94,16 +94,23 @@ def training_batches(
 
     def decoded() -> Iterator[tuple[torch.Tensor, NDArray[np.int64]]]:
         feed = Feed(len(work), prepare)
-        pipeline = training_pipeline(config, feed, **_options(split, order.micro_size, device, threads, workers))
+        pipeline = training_pipeline(config, feed, **pipeline_options)
         normalise = Normaliser(config, workers)
-        for (images,), records in _run(pipeline, feed, split):
-            yield normalise(images.to(device), shifts(records)), records
+        for images, records in _run(pipeline, feed, split):
+            yield normalise(_dense(images).to(device), shifts(records)), records
+
+    def decoded_regions() -> Generator[Regions, None, None]:
+        feed = Feed(len(work), prepare)
+        for images, flips, sizes, records in _run(region_pipeline(feed, **pipeline_options), feed, split):
+            yield Regions([np.asarray(image) for image in images], _host(flips), records, _host(sizes))
 
     workers = Threads(threads) if device.type == "cpu" else None
-    if workers is not None and is_direct(config, split.manifest.encoding):
-        batches = direct_batches(prepare, len(work), config, workers, shifts)
-    else:
+    pipeline_options = _options(split, order.micro_size, device, threads, workers)
+    if workers is None or not is_direct(config):
         batches = decoded()
+    else:
+        regions = raw_regions(len(work), prepare) if split.manifest.encoding == "raw" else decoded_regions()
+        batches = direct_batches(regions, config, workers, shifts)
     for pixels, records in batches:
         erase(config, order.seed, pixels, records[:, EPOCH], records[:, SHOWN])
         yield Batch(pixels, _labels(split, records[:, SHOWN], device), records)
@@ -130,8 +137,8 @@ def evaluation_batches(
     workers = Threads(threads) if device.type == "cpu" else None
     pipeline = evaluation_pipeline(config, views.crops, feed, **_options(split, largest, device, threads, workers))
     normalise = Normaliser(config, workers)
-    for seen, records in _run(pipeline, feed, split):
-        images, *others = [normalise(view.to(device)) for view in seen]
+    for *seen, records in _run(pipeline, feed, split):
+        images, *others = [normalise(_dense(view).to(device)) for view in seen]
         yield Batch(images, _labels(split, records[:, 0], device), records, tuple(others))
 
 
@@ -147,23 +154,32 @@ def check_sizes(split: Split, config: Input) -> None:
             )
 
 
-def _run(pipeline: Any, feed: Feed, split: Split) -> Iterator[tuple[list[torch.Tensor], NDArray[np.int64]]]:
-    """(uint8 [n, height, width, 3] of each view, records) of each batch."""
+def _run(pipeline: Any, feed: Feed, split: Split) -> Iterator[Any]:
+    """The outputs of each batch as DALI gives them, but for the last, the records: int64 [n, columns]."""
     # On a GPU what follows is only queued: what it reads is kept until two batches later.
     held: deque[Any] = deque(maxlen=2)
     try:
         while True:
             try:
-                *views, records = pipeline.run()
+                *outputs, records = pipeline.run()
             except StopIteration:
                 return
             except RuntimeError:  # DALI does not say which image it could not decode
                 _name_undecodable(feed, split)
                 raise
-            held.append(views)
-            yield [torch.from_dlpack(view.as_tensor()) for view in views], np.array(records.as_tensor())
+            held.append(outputs)
+            yield *outputs, _host(records)
     finally:
         feed.close()
+
+
+def _dense(images: Any) -> torch.Tensor:
+    """Images of one size as a tensor, uint8 [n, height, width, 3], where they are."""
+    return torch.from_dlpack(images.as_tensor())
+
+
+def _host(values: Any) -> NDArray[Any]:
+    return np.array(values.as_tensor())
 
 
 def _name_undecodable(feed: Feed, split: Split) -> None:

@@ -35,6 +35,14 @@ def training_pipeline(config: Input, source: Callable[[int], Any], **kwargs: Any
     return pipeline
 
 
+def region_pipeline(source: Callable[[int], Any], **kwargs: Any) -> Any:
+    """A built pipeline that gives what lies in the crop boxes, at its own size: (images uint8 [height, width, 3] each,
+    flips, sizes, records), the last three as `source` gives them; see `training_pipeline`."""
+    pipeline = _regions(source=source, **kwargs)
+    pipeline.build()
+    return pipeline
+
+
 def evaluation_pipeline(config: Input, crops: tuple[int, ...], source: Callable[[int], Any], **kwargs: Any) -> Any:
     """A built pipeline that gives (each view uint8 [n, height, width, 3], ids int64 [n, 1]).
 
@@ -81,6 +89,14 @@ def _decode(jpegs: list[NDArray[np.uint8]], threads: int) -> list[tuple[int, ...
 def _decode_only(jpegs: list[NDArray[np.uint8]]) -> Any:
     encoded = fn.external_source(source=lambda: jpegs, batch=True, no_copy=True)
     return fn.decoders.image(encoded, device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False)
+
+
+@pipeline_def
+def _regions(source: Callable[[int], Any], encoding: str, resizer: Resizer | None) -> Any:
+    encoded, anchors, shapes, flips, records, sizes = fn.external_source(
+        source=source, num_outputs=6, batch=True, no_copy=True
+    )
+    return _decoded_region(encoded, anchors, shapes, encoding, resizer), flips, sizes, records
 
 
 @pipeline_def

@@ -478,7 +478,7 @@ def test_a_run_from_a_url_is_the_run_from_the_directory(
     assert data_bytes < sum(step["shard_fetched_bytes"] for step in steps) < 5 * data_bytes, "3.6 epochs"
     gets = proxy.shard_gets()
     assert max(count for name, count in gets.items() if name.startswith("train-")) <= 5, "no more than once an epoch"
-    score, _ = score_checkpoint(job.run, None, None, "cpu", 1, tmp_path / "cache", limit)
+    score, _ = score_checkpoint(job.run, None, None, "cpu", 1, cache_directory=tmp_path / "cache", cache_bytes=limit)
     assert score.num_images == 355
     assert not kinds(job.run, "warning")
 
