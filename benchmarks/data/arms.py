@@ -38,7 +38,7 @@ LIMIT = (
     Arm("limit: C loop, two taps", "limit", ("--work", "bilinear"), "ours", times=4),
     Arm("limit: region decode only", "limit", ("--work", "region"), "ours", times=4),
     Arm("limit: full decode only", "limit", ("--work", "full"), "ours", times=4),
-    Arm(LIMITS["500-q90"], "limit", ("--source", "folder-500-q90"), "ours", "500-q90", times=4),
+    Arm(LIMITS["500-q90"], "limit", ("--work", "antialias", "--source", "folder-500-q90"), "ours", "500-q90", times=4),
 )
 PEERS = (
     Arm(TORCHVISION, "peers.torchvision_folder"),
