@@ -67,7 +67,8 @@ def direct_batches(
         if batch is None:
             return None
         images, flips, size = batch.images, batch.flips.tolist(), batch.sizes[0].tolist()
-        scales, offsets = coefficients(config, len(images), size[1], shifts(batch.records))
+        scales, offsets = coefficients(config, size[1], shifts(batch.records))
+        offsets = offsets.expand(len(images), -1)
         rows = buffers.take((len(images), size[0], 3 * size[1]))
         threads.each(
             len(images), lambda i: normalise(resize(images[i], size, bool(flips[i])), scales, offsets[i], rows[i])

@@ -21,7 +21,7 @@ from data_pipeline.pipeline import decoded_shapes, evaluation_pipeline, options,
 from data_pipeline.records import EPOCH, SHOWN, training_records
 from data_pipeline.resolution import size_at
 from data_pipeline.split import Split
-from data_pipeline.threads import Threads
+from data_pipeline.threads import Threads, image_threads
 from data_pipeline.views import Views, central_view
 
 
@@ -104,7 +104,7 @@ def training_batches(
         for images, flips, sizes, records in _run(region_pipeline(feed, **pipeline_options), feed, split):
             yield Regions([np.asarray(image) for image in images], _host(flips), records, _host(sizes))
 
-    workers = Threads(threads) if device.type == "cpu" else None
+    workers = image_threads(threads) if device.type == "cpu" else None
     pipeline_options = _options(split, order.micro_size, device, threads, workers)
     if workers is None or not is_direct(config):
         batches = decoded()
@@ -134,7 +134,7 @@ def evaluation_batches(
 
     feed = Feed(len(batches), prepare)
     largest = max((len(ids) for ids in batches), default=1)
-    workers = Threads(threads) if device.type == "cpu" else None
+    workers = image_threads(threads) if device.type == "cpu" else None
     pipeline = evaluation_pipeline(config, views.crops, feed, **_options(split, largest, device, threads, workers))
     normalise = Normaliser(config, workers)
     for *seen, records in _run(pipeline, feed, split):

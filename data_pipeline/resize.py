@@ -1,4 +1,4 @@
-"""Resizing on the CPU: torch's antialiased uint8 kernel, run by a few threads as an operator of the DALI pipeline.
+"""Resizing on the CPU: torch's antialiased uint8 kernel, by a few threads; also as an operator of a DALI pipeline.
 
 DALI's own CPU resize costs more than its region decoding. torch's kernel for channels-last uint8 (a port of
 Pillow-SIMD's, vectorised for AVX2) is several times faster and gives the pixels of PIL's antialiased bilinear

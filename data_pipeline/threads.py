@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 
@@ -33,6 +34,12 @@ class Threads:
                 act(i)
 
         list(self._pool.map(share, range(self._number)))
+
+
+@cache
+def image_threads(number: int) -> Threads:
+    """Those of this process: training and every evaluation share them, so that none is left over."""
+    return Threads(number)
 
 
 def _use_no_further_threads() -> None:

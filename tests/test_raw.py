@@ -1,5 +1,6 @@
 """Raw pixels give the batches that the JPEGs they came from give, though they take another way to the network."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,15 @@ def test_what_only_dali_does_is_done_to_pixels_too(splits: tuple[Split, Split]) 
     seen, wanted = (list(evaluation_batches(s, config(ResizedCrop()), ids, CPU, 2)) for s in (raw, jpeg))
     for one, other in zip(seen, wanted, strict=True):
         torch.testing.assert_close(one.images, other.images, rtol=0, atol=1e-5)
+
+
+def test_evaluating_again_and_again_starts_no_more_threads(splits: tuple[Split, Split]) -> None:
+    def evaluate() -> set[int | None]:
+        list(evaluation_batches(splits[0], config(ResizedCrop()), [np.arange(20)], CPU, 2))
+        return {thread.ident for thread in threading.enumerate() if thread.name.startswith("images")}
+
+    first = evaluate()
+    assert first and evaluate() == first
 
 
 def test_reading_may_stop_early_and_what_goes_wrong_ahead_is_told(splits: tuple[Split, Split], tmp_path: Path) -> None:
