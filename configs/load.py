@@ -150,7 +150,7 @@ def _dotted(loc: tuple[Any, ...]) -> str:
 
 
 def _without_tags(loc: tuple[Any, ...]) -> list[Any]:
-    tagged = {"schedule", "crop", "order", "auto_augment"}
+    tagged = {"schedule", "crop", "order", "auto_augment", "optimizer", "loss"}
     parts: list[Any] = []
     skip = False
     for index, part in enumerate(loc):

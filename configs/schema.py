@@ -17,16 +17,23 @@ from pydantic import (
 
 from configs.augmentation import AutoAugment, ColourJitter, Erasing, Mixing, Progressive
 from configs.duration import Duration
+from configs.optimisation import CrossEntropy, Ema, Gradients, Loss, LossScale, Optimizer, Schedule, Sgd
 from configs.section import Bounds, PositiveDuration, Section, ascending
 
 
 class Model(Section):
-    """The network. `num_classes` is taken from the data when it is left out."""
+    """The network: one of ours by name, or a classifier of `torchvision:` or `timm:`.
+
+    `stride`, `shortcut` (options A, B and C of He et al. 2015, 3.3), `zero_init_gamma` and `drop_path` (stochastic
+    depth, Huang et al. 2016, its probability growing linearly over the blocks) are of our residual networks alone.
+    `num_classes` is taken from the data when it is left out.
+    """
 
     name: str
     stride: Literal["v1", "v1.5"] = "v1.5"
-    shortcut: Literal["A", "B"] = "B"
+    shortcut: Literal["A", "B", "C"] = "B"
     zero_init_gamma: bool = False
+    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
     num_classes: PositiveInt | None = None
 
 
@@ -54,6 +61,7 @@ class GlobalShuffle(Section):
     """Every epoch is one random permutation of all samples."""
 
     kind: Literal["global"] = "global"
+    repeats: PositiveInt = 1
 
 
 class WindowedShuffle(Section):
@@ -62,6 +70,7 @@ class WindowedShuffle(Section):
 
     kind: Literal["windowed"] = "windowed"
     shards: PositiveInt = 64
+    repeats: PositiveInt = 1
 
 
 Shuffle = Annotated[GlobalShuffle | WindowedShuffle, Field(discriminator="kind")]
@@ -105,6 +114,7 @@ class Input(Section):
     """
 
     size: PositiveInt
+    train_size: PositiveInt | None = None
     mean: tuple[float, float, float]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     crop: Crop
@@ -140,57 +150,6 @@ class Input(Section):
         return self
 
 
-class Sgd(Section):
-    """Stochastic gradient descent with momentum, as `torch.optim.SGD`; batch norm and biases decay only if asked."""
-
-    name: Literal["sgd"] = "sgd"
-    momentum: NonNegativeFloat = 0.9
-    nesterov: bool = False
-    weight_decay: NonNegativeFloat = 1e-4
-    decay_norm_and_bias: bool = False
-
-
-class Constant(Section):
-    kind: Literal["constant"] = "constant"
-    lr: NonNegativeFloat
-    warmup: Duration = Duration.parse("0it")
-
-
-class MultiStep(Section):
-    """The learning rate is multiplied by `gamma` at each milestone."""
-
-    kind: Literal["multistep"] = "multistep"
-    lr: NonNegativeFloat
-    milestones: tuple[Duration, ...]
-    gamma: PositiveFloat = 0.1
-    warmup: Duration = Duration.parse("0it")
-
-
-class Cosine(Section):
-    """Half a cosine from `lr` to `end_lr`, after a linear warm-up."""
-
-    kind: Literal["cosine"] = "cosine"
-    lr: NonNegativeFloat
-    end_lr: NonNegativeFloat = 0.0
-    warmup: Duration = Duration.parse("0it")
-
-
-class OneCycle(Section):
-    """Linear from 0 up to `lr` over `warmup`, then linear down to `end_lr` at the end of the run (Smith 2018)."""
-
-    kind: Literal["one_cycle"] = "one_cycle"
-    lr: NonNegativeFloat
-    end_lr: NonNegativeFloat = 0.0
-    warmup: Duration
-
-
-Schedule = Annotated[Constant | MultiStep | Cosine | OneCycle, Field(discriminator="kind")]
-
-
-class Loss(Section):
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
-
-
 class Engine(Section):
     name: Literal["ddp"] = "ddp"
 
@@ -210,6 +169,8 @@ class Evaluate(Section):
 
     every: PositiveDuration = Duration.parse("1ep")
     batch: PositiveInt = 64
+    weights: Literal["auto", "plain", "ema"] = "auto"
+    exact_batch_norm: NonNegativeInt = 0
     scales: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (224, 256, 384, 480, 640)
 
 
@@ -224,17 +185,21 @@ class Recipe(Section):
     data: str | None = None  # the data set `longhaul train` uses when --data is left out; only "digits" is embedded
     seed: NonNegativeInt = Field(0, lt=2**63)
     deterministic: bool = False
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     channels_last: bool = True
+    compile: Literal["eager", "default", "cuda-graphs", "max-autotune"] = "eager"
     duration: PositiveDuration
     model: Model
     batch: Batch
     order: Shuffle = GlobalShuffle()
     input: Input
-    optimizer: Sgd = Sgd()
+    optimizer: Optimizer = Sgd()
     schedule: Schedule
+    gradients: Gradients = Gradients()
+    ema: Ema | None = None
     mixing: Mixing = Mixing()
-    loss: Loss = Loss()
+    loss: Loss = CrossEntropy()
+    loss_scale: LossScale = LossScale()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()

@@ -1,8 +1,9 @@
 """What every section of a recipe is made of."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveFloat
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PositiveFloat
 
 from configs.duration import Duration
 
@@ -17,6 +18,15 @@ def ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     if bounds[0] > bounds[1]:
         raise ValueError(f"give the smaller bound first: [{bounds[1]}, {bounds[0]}]")
     return bounds
+
+
+def default_kind(kind: str) -> BeforeValidator:
+    """For a section of several kinds: the one that is meant where none is given."""
+
+    def add(value: Any) -> Any:
+        return {"kind": kind, **value} if isinstance(value, Mapping) else value
+
+    return BeforeValidator(add)
 
 
 PositiveDuration = Annotated[Duration, AfterValidator(_positive)]

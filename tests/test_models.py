@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from configs import Duration, LonghaulError, Recipe, load_recipe
-from configs.schema import Model, Sgd
+from configs.optimisation import Sgd
+from configs.schema import Model
 from trainer.models import MODELS, build_model
 from trainer.optim import build_optimizer
 from trainer.progress import is_due
@@ -21,10 +22,14 @@ from trainer.schedules import learning_rate, total_steps
 
 # Parameters, and multiply-adds in units of 10**9 at 224 x 224: He et al. 2015, table 1, counted exactly.
 IMAGENET = [
+    ("plain18", "v1.5", "B", 11_515_688, 1.795),
+    ("plain34", "v1.5", "B", 21_623_848, 3.644),
     ("resnet18", "v1.5", "A", 11_515_688, 1.795),
     ("resnet18", "v1.5", "B", 11_689_512, 1.814),
+    ("resnet18", "v1.5", "C", 12_043_816, 1.878),
     ("resnet34", "v1.5", "A", 21_623_848, 3.644),
     ("resnet34", "v1.5", "B", 21_797_672, 3.664),
+    ("resnet34", "v1.5", "C", 22_716_840, 3.831),
     ("resnet50", "v1", "B", 25_557_032, 3.858),
     ("resnet50", "v1.5", "B", 25_557_032, 4.089),
     ("resnet101", "v1", "B", 44_549_160, 7.570),
@@ -72,19 +77,21 @@ def test_an_imagenet_network_has_the_published_parameters_and_multiply_adds(
     assert multiply_adds(model, 224) / 1e9 == pytest.approx(gmacs, abs=0.0005)
 
 
+@pytest.mark.parametrize("kind", ["plain", "resnet"])
 @pytest.mark.parametrize(("layers", "count"), CIFAR.items())
-def test_a_cifar_network_has_the_published_parameters_and_its_number_of_layers(layers: int, count: int) -> None:
-    model = on_meta(Model(name=f"cifar-resnet{layers}", shortcut="A"), 10)
+def test_a_cifar_network_has_the_published_parameters_and_its_layers(layers: int, count: int, kind: str) -> None:
+    model = on_meta(Model(name=f"cifar-{kind}{layers}", shortcut="A"), 10)
     assert parameters(model) == count
     assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()) == layers
 
 
 def test_every_model_is_in_these_tables() -> None:
-    assert set(MODELS) == {name for name, *_ in IMAGENET} | {f"cifar-resnet{layers}" for layers in CIFAR}
+    cifar = {f"cifar-{kind}{layers}" for kind in ("plain", "resnet") for layers in CIFAR}
+    assert set(MODELS) == {name for name, *_ in IMAGENET} | cifar
 
 
 def test_an_unknown_model_is_refused_with_those_there_are() -> None:
-    with pytest.raises(LonghaulError, match=r"no model 'resnet51'; known are resnet18, .*cifar-resnet1202\."):
+    with pytest.raises(LonghaulError, match=r"no model 'resnet51'; known are plain18, .*cifar-resnet1202\."):
         build_model(Model(name="resnet51"), 10, 0)
 
 

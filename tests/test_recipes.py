@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from configs import Duration, LonghaulError, apply_overrides, dump, list_recipes, load_recipe, parse_recipe
 from configs.load import RECIPE_DIRECTORY
-from configs.schema import Cosine, MultiStep, OneCycle, PadCrop, ScaleCrop
+from configs.optimisation import Cosine, MultiStep, OneCycle
+from configs.schema import PadCrop, ScaleCrop
 
 MINIMAL = """
 duration: 2ep
@@ -216,8 +217,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(override: str, key: str
         ("log.every=0samples", "log.every: '0samples' must be more than zero"),
         ("duration=0it", "duration: '0it' must be more than zero"),
         ("schedule.warmup=6", "schedule.warmup: '6' is not a duration"),
-        ("schedule.kind=cosin", "schedule.kind: there is no 'cosin': give constant, multistep, cosine or one_cycle"),
-        ("schedule={lr: 1}", "'schedule.kind' is missing: give constant, multistep, cosine or one_cycle"),
+        ("schedule.kind=cosin", "schedule.kind: there is no 'cosin': give constant, multistep, cosine, polynomial, one_cycle or plateau"),
+        ("schedule={lr: 1}", "'schedule.kind' is missing: give constant, multistep, cosine, polynomial, one_cycle or plateau"),
         ("schedule=5", "schedule: "),
         ("input.crop={padding: 3}", "'input.crop.kind' is missing: give resized_crop, scale_crop or pad_crop"),
         ("order.kind=windows", "order.kind: there is no 'windows': give global or windowed"),
@@ -237,8 +238,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(override: str, key: str
         ("batch.size=6.5", "batch.size: "),
         ("seed=-1", "seed: "),
         ("seed=9223372036854775808", "seed: "),
-        ("optimizer.name=adam", "optimizer.name: Input should be 'sgd'"),
-        ("precision=fp16", "precision: Input should be 'auto', 'bf16' or 'fp32'"),
+        ("optimizer.kind=adam", "optimizer.kind: there is no 'adam': give sgd, lars or lamb"),
+        ("precision=fp8", "precision: Input should be 'auto', 'bf16', 'fp16' or 'fp32'"),
         ("loss.label_smoothing=1", "loss.label_smoothing: "),
     ],
 )
@@ -256,8 +257,8 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
 
 
 def test_a_missing_key_of_a_section_is_named_without_the_sections_kind(tmp_path: Path) -> None:
-    text = MINIMAL.replace("{kind: constant, lr: 0.1}", "{kind: one_cycle, lr: 0.1}")
-    assert "the key 'schedule.warmup' is missing" in complaint(write(tmp_path, text))
+    text = MINIMAL.replace("{kind: constant, lr: 0.1}", "{kind: multistep, lr: 0.1}")
+    assert "the key 'schedule.milestones' is missing" in complaint(write(tmp_path, text))
 
 
 def test_every_problem_of_a_file_is_told_at_once() -> None:

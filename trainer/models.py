@@ -1,6 +1,7 @@
-"""Residual networks: He et al. 2015 (arXiv 1512.03385) and its v1.5 variant.
+"""Residual networks and their plain counterparts: He et al. 2015 (arXiv 1512.03385), and the v1.5 variant.
 
-Names of parameters equal torchvision's, so that state dicts can be exchanged. Images are [n, 3, height, width].
+Names of parameters equal torchvision's (and timm's), so that state dicts can be exchanged. Images are
+[n, 3, height, width].
 """
 
 import torch
@@ -10,14 +11,20 @@ from torch.nn import functional
 from configs import LonghaulError
 from configs.schema import Model
 
-_IMAGENET = {  # blocks a stage, bottleneck or not (table 1)
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
-    "resnet152": ((3, 8, 36, 3), True),
+_IMAGENET = {  # kind of block, blocks a stage (table 1)
+    "plain18": ("plain", (2, 2, 2, 2)),
+    "plain34": ("plain", (3, 4, 6, 3)),
+    "resnet18": ("basic", (2, 2, 2, 2)),
+    "resnet34": ("basic", (3, 4, 6, 3)),
+    "resnet50": ("bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("bottleneck", (3, 4, 23, 3)),
+    "resnet152": ("bottleneck", (3, 8, 36, 3)),
 }
-_CIFAR = {f"cifar-resnet{6 * n + 2}": n for n in (3, 5, 7, 9, 18, 200)}
+_CIFAR = {  # kind of block, blocks a stage (section 4.2)
+    f"cifar-{name}{6 * n + 2}": (kind, n)
+    for name, kind in (("plain", "plain"), ("resnet", "basic"))
+    for n in (3, 5, 7, 9, 18, 200)
+}
 MODELS = (*_IMAGENET, *_CIFAR)
 
 
@@ -28,9 +35,10 @@ def build_model(config: Model, num_classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
         if config.name in _CIFAR:
-            return CifarResNet(_CIFAR[config.name], num_classes, config)
-        blocks, bottleneck = _IMAGENET[config.name]
-        return ResNet(blocks, bottleneck, num_classes, config)
+            kind, n = _CIFAR[config.name]
+            return CifarResNet(BLOCKS[kind], n, num_classes, config)
+        kind, blocks = _IMAGENET[config.name]
+        return ResNet(BLOCKS[kind], blocks, num_classes, config)
 
 
 class PadShortcut(nn.Module):
@@ -45,7 +53,8 @@ class PadShortcut(nn.Module):
 
 
 def _shortcut(option: str, inputs: int, outputs: int, stride: int) -> nn.Module | None:
-    if stride == 1 and inputs == outputs:
+    """None is the identity. A pads where the shape changes, B projects there, C projects everywhere (section 3.3)."""
+    if stride == 1 and inputs == outputs and option != "C":
         return None
     if option == "A":
         return PadShortcut(outputs - inputs, stride)
@@ -72,6 +81,24 @@ class BasicBlock(nn.Module):
         return functional.relu(out + identity, inplace=True)
 
 
+class PlainBlock(nn.Module):
+    """Two 3x3 convolutions without a shortcut (figure 3, middle)."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, config: Model) -> None:
+        super().__init__()
+        del config
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        return functional.relu(self.bn2(self.conv2(out)), inplace=True)
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 (figure 5, right). The stride stands in the first convolution (v1) or the second (v1.5)."""
 
@@ -96,7 +123,8 @@ class Bottleneck(nn.Module):
         return functional.relu(out + identity, inplace=True)
 
 
-Block = type[BasicBlock] | type[Bottleneck]
+Block = type[PlainBlock] | type[BasicBlock] | type[Bottleneck]
+BLOCKS: dict[str, Block] = {"plain": PlainBlock, "basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 def _stage(block: Block, inputs: int, width: int, count: int, stride: int, config: Model) -> nn.Sequential:
@@ -107,9 +135,8 @@ def _stage(block: Block, inputs: int, width: int, count: int, stride: int, confi
 class ResNet(nn.Module):
     """The ImageNet networks of table 1."""
 
-    def __init__(self, blocks: tuple[int, ...], bottleneck: bool, num_classes: int, config: Model) -> None:
+    def __init__(self, block: Block, blocks: tuple[int, ...], num_classes: int, config: Model) -> None:
         super().__init__()
-        block: Block = Bottleneck if bottleneck else BasicBlock
         grow = block.expansion
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -130,13 +157,13 @@ class ResNet(nn.Module):
 class CifarResNet(nn.Module):
     """The CIFAR-10 networks of section 4.2: 6n + 2 layers, widths 16, 32 and 64."""
 
-    def __init__(self, n: int, num_classes: int, config: Model) -> None:
+    def __init__(self, block: Block, n: int, num_classes: int, config: Model) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(BasicBlock, 16, 16, n, 1, config)
-        self.layer2 = _stage(BasicBlock, 16, 32, n, 2, config)
-        self.layer3 = _stage(BasicBlock, 32, 64, n, 2, config)
+        self.layer1 = _stage(block, 16, 16, n, 1, config)
+        self.layer2 = _stage(block, 16, 32, n, 2, config)
+        self.layer3 = _stage(block, 32, 64, n, 2, config)
         self.fc = nn.Linear(64, num_classes)
         _initialise(self, config)
 

@@ -3,12 +3,14 @@
 import torch
 from torch import nn
 
-from configs.schema import Sgd
+from configs.optimisation import Optimizer, Sgd
 
 
-def build_optimizer(config: Sgd, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """SGD over two groups: what decays and what does not. Momentum exists from the start, as zeros, so that a state
     dict has the same keys before and after the first step (for the update itself it makes no difference)."""
+    if not isinstance(config, Sgd):
+        raise NotImplementedError(config.kind)
     decaying, exempt = _split_by_decay(model, config.decay_norm_and_bias)
     groups = [
         {"params": decaying, "weight_decay": config.weight_decay},

@@ -2,7 +2,8 @@
 
 import math
 
-from configs.schema import Constant, Cosine, MultiStep, OneCycle, Recipe
+from configs import Recipe
+from configs.optimisation import Constant, Cosine, MultiStep, OneCycle
 
 
 def total_steps(recipe: Recipe, num_samples: int) -> int:
@@ -30,3 +31,5 @@ def learning_rate(recipe: Recipe, num_samples: int, step: int) -> float:
         case OneCycle():
             progress = (step - warmup) / max(total - warmup, 1)
             return schedule.lr + (schedule.end_lr - schedule.lr) * progress
+        case _:
+            raise NotImplementedError(schedule.kind)
