@@ -14,6 +14,7 @@ from configs.load import RECIPE_DIRECTORY
 from configs.optimisation import Cosine, MultiStep, OneCycle
 from configs.schema import PadCrop, ScaleCrop
 
+SCHEDULES = "constant, multistep, cosine, polynomial, one_cycle or plateau"
 MINIMAL = """
 duration: 2ep
 model: {name: resnet18}
@@ -217,8 +218,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(override: str, key: str
         ("log.every=0samples", "log.every: '0samples' must be more than zero"),
         ("duration=0it", "duration: '0it' must be more than zero"),
         ("schedule.warmup=6", "schedule.warmup: '6' is not a duration"),
-        ("schedule.kind=cosin", "schedule.kind: there is no 'cosin': give constant, multistep, cosine, polynomial, one_cycle or plateau"),
-        ("schedule={lr: 1}", "'schedule.kind' is missing: give constant, multistep, cosine, polynomial, one_cycle or plateau"),
+        ("schedule.kind=cosin", f"schedule.kind: there is no 'cosin': give {SCHEDULES}"),
+        ("schedule={lr: 1}", f"'schedule.kind' is missing: give {SCHEDULES}"),
         ("schedule=5", "schedule: "),
         ("input.crop={padding: 3}", "'input.crop.kind' is missing: give resized_crop, scale_crop or pad_crop"),
         ("order.kind=windows", "order.kind: there is no 'windows': give global or windowed"),
