@@ -50,6 +50,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
         self.fetches = FetchMeter(self.train_split, self.group)
+        self.num_classes = self.recipe.model.num_classes or len(self.train_split.manifest.classes)
 
     def run(self) -> Score | None:
         """Train from `step` to the end, or until a stop is asked for. Returns the final score (None: stopped early, or
@@ -101,8 +102,7 @@ class Loop:
         how = draw_mix(self.recipe.mixing, self.recipe.seed, self.step, micro, height, width)
         if how is None:
             return batch
-        num_classes = self.recipe.model.num_classes or len(self.train_split.manifest.classes)
-        images, targets = mix(batch.images, batch.labels, num_classes, how)
+        images, targets = mix(batch.images, batch.labels, self.num_classes, how)
         return replace(batch, images=images, labels=targets)
 
     def _forward_backward(self, batch: Batch, micro: int, last: bool) -> None:
@@ -142,7 +142,11 @@ class Loop:
         self.engine.synchronise_buffers()
         ledger = self.recorder.merge(self.order, self.step, self.group)
         state = training_state(self.engine, self.step, ledger)
-        extra = {"epoch": self.order.epoch_of(self.step), "num_substitutes": len(ledger.substitutes)}
+        extra = {
+            "epoch": self.order.epoch_of(self.step),
+            "num_classes": self.num_classes,
+            "num_substitutes": len(ledger.substitutes),
+        }
         self.checkpointer.save(self.step, state, extra)
         stall = time.monotonic() - began
         self.window.paused_seconds += stall

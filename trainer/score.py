@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
-from configs import LonghaulError
 from data_pipeline.cache import Cache
 from data_pipeline.split import Split
 from data_pipeline.storage import Location, parse_location
 from data_pipeline.views import choose_views
-from trainer.checkpoint import Saved, check, like, load, newest_valid, open_checkpoint
+from trainer.checkpoint import Saved, like, load
 from trainer.engines import build_engine
 from trainer.evaluate import Score, evaluate
 from trainer.group import Rendezvous, join, pick_device
 from trainer.run import cores_each
 from trainer.rundir import RunDirectory
+from trainer.weights import choose_checkpoint
 
 
 def score_checkpoint(
@@ -36,7 +36,7 @@ def score_checkpoint(
     """
     recipe = run.recipe()
     chosen = choose_views(views, recipe.input, recipe.evaluate)
-    saved = _choose(run, checkpoint)
+    saved = choose_checkpoint(run, checkpoint)
     if data is None:
         data = parse_location(next(event["data"] for event in run.events() if event["event"] == "start"))
     split = Split(data, "val", None if isinstance(data, Path) else Cache(cache_directory, cache_bytes))
@@ -49,15 +49,3 @@ def score_checkpoint(
         load(saved, state, group)
         engine.import_state(state)
         return evaluate(engine, split, recipe, group, threads, chosen), saved
-
-
-def _choose(run: RunDirectory, checkpoint: Path | None) -> Saved:
-    if checkpoint is not None:
-        problem = check(checkpoint)
-        if problem is not None:
-            raise LonghaulError(f"The checkpoint cannot be used: {problem}.")
-        return open_checkpoint(checkpoint)
-    saved = newest_valid(run.checkpoints)
-    if saved is None:
-        raise LonghaulError(f"{run.checkpoints} holds no checkpoint that verifies.")
-    return saved
