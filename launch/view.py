@@ -118,6 +118,10 @@ _LINES: dict[str, Callable[[Event], str]] = {
         f"[yellow]Checkpoint at step {e['step']} failed: {escape(e['reason'])}; training goes on"
     ),
     "checkpoint_broken": lambda e: f"[yellow]Broken checkpoint set aside: {escape(e['reason'])}",
+    "rollback": lambda e: (
+        f"[yellow]Updates since step {e['failing_since']} had gradients that are not finite; going back to the "
+        f"checkpoint of step {e['step']}"
+    ),
     "worker_failure": lambda e: f"[yellow]Worker {e['rank']} was lost ({escape(e['error'])}); starting again",
     "warning": lambda e: f"[yellow]{escape(e['message'])}",
     "fetching": lambda e: f"Fetching the data set: {e['bytes'] / 1e9:,.1f} of {e['total_bytes'] / 1e9:,.1f} GB",

@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from data_pipeline.ingest import prepare
+from data_pipeline.sources import open_source
+
 # No deadline: the first example pays for imports, and machines differ. The same examples every time, so that a red
 # test stays red until it is mended.
 settings.register_profile("longhaul", deadline=None, derandomize=True)
@@ -20,3 +23,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device is visible here")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded data set, prepared; read only."""
+    out = tmp_path_factory.mktemp("data") / "digits"
+    prepare(open_source("digits", 0.0), out)
+    return out

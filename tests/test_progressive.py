@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from configs import Duration, LonghaulError, load_recipe
 from configs.augmentation import Progressive, RandAugment
 from configs.schema import Input, ResizedCrop
-from data_pipeline.ingest import prepare
 from data_pipeline.loader import training_batches
 from data_pipeline.order import Order
 from data_pipeline.resolution import size_at
-from data_pipeline.sources import open_source
 from data_pipeline.split import Split
 from tests import workers
 from tests.workers import different, final_state, make_job, start, train, wait, wait_for
@@ -80,13 +78,6 @@ def test_a_schedule_that_cannot_be_is_refused(keys: list[str], told: str) -> Non
     with pytest.raises(LonghaulError) as refused:
         load_recipe("resnet50", keys)
     assert told in str(refused.value)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "digits"
-    prepare(open_source("digits", 0.0), out)
-    return out
 
 
 def test_the_loader_gives_each_step_its_size_and_pixels_know_nothing_of_what_came_before(digits: Path) -> None:

@@ -22,13 +22,6 @@ from trainer.verify import verify
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "digits"
-    prepare(open_source("digits", 0.0), out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A run of two workers that nothing happened to."""
     job = make_job(tmp_path_factory.mktemp("undisturbed") / "run", digits)

@@ -25,7 +25,7 @@ from configs import LonghaulError
 from trainer.group import Group
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 State = dict[str, Any]
 
 # Reading a checkpoint in one process is meant, not an accident to be warned of.
@@ -88,9 +88,9 @@ def open_checkpoint(path: Path) -> Saved:
         raise LonghaulError(f"{path} is not a checkpoint (no readable {MANIFEST}).") from None
 
 
-def set_aside(path: Path) -> Path:
-    """Move a broken checkpoint out of the way, for inspection, and return its new place."""
-    target = path.with_name(f"broken-{path.name}-{time.time_ns()}")
+def set_aside(path: Path, why: str = "broken") -> Path:
+    """Move a checkpoint that is not to be used out of the way, for inspection, and return its new place."""
+    target = path.with_name(f"{why}-{path.name}-{time.time_ns()}")
     path.rename(target)
     return target
 

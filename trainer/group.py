@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -115,3 +115,16 @@ def join(place: Rendezvous, device: torch.device, timeout_seconds: float) -> Ite
         yield Group(place.rank, place.world_size, device, dist.group.WORLD, control, saving)
     finally:
         dist.destroy_process_group()
+
+
+def together(group: Group, act: Callable[[], Any]) -> Any:
+    """Do something on every rank; where one fails for a reason the user can mend, all raise it, so that none waits."""
+    problem, result = None, None
+    try:
+        result = act()
+    except LonghaulError as error:
+        problem = str(error) if group.world_size == 1 else f"{error} (On {socket.gethostname()}.)"
+    problems = [p for p in group.gather(problem) if p is not None]
+    if problems:
+        raise LonghaulError(problems[0])
+    return result

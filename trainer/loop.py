@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from configs import Duration, Recipe
 from data_pipeline.loader import Batch, training_batches
@@ -15,17 +17,21 @@ from data_pipeline.order import Order
 from data_pipeline.philox import philox
 from data_pipeline.records import substitutes
 from data_pipeline.split import Split
+from trainer.batchnorm import exact_statistics, replaced_statistics
 from trainer.checkpoint import Checkpointer
 from trainer.dealing import Work, deal
 from trainer.engines import Engine
 from trainer.evaluate import Score, evaluate
 from trainer.fetching import FetchMeter
 from trainer.group import Group
+from trainer.history import History
 from trainer.ledger import Ledger, Recorder
+from trainer.predict import Predictor
 from trainer.progress import Window, is_due
 from trainer.schedules import learning_rate, total_steps
 from trainer.stopping import Agreement, StopRequests
 from trainer.telemetry import Telemetry
+from trainer.weights import uses_ema
 
 _FORWARD_PURPOSE = 0xFFFF_FFFE  # apart from the order's and the augmentation's
 
@@ -45,16 +51,20 @@ class Loop:
     telemetry: Telemetry
     requests: StopRequests
     threads: int
+    history: History
     step: int
 
     def __post_init__(self) -> None:
         self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
         self.fetches = FetchMeter(self.train_split, self.group)
+        self._last_rate = 0.0
+        self._correct: torch.Tensor | float = 0.0
         self.num_classes = self.recipe.model.num_classes or len(self.train_split.manifest.classes)
 
     def run(self) -> Score | None:
-        """Train from `step` to the end, or until a stop is asked for. Returns the final score (None: stopped early, or
-        nothing held out)."""
+        """Train from `step` to the end, or until a stop is asked for, or updates fail (see `failing_since`).
+
+        Returns the final score (None: not reached, or nothing held out)."""
         total = total_steps(self.recipe, len(self.train_split))
         micros = deal(self.recipe.batch.num_micro, self.group.world_size, self.group.rank)
         batches = training_batches(
@@ -70,13 +80,18 @@ class Loop:
                 self._forward_backward(batch, micro, last=micro == micros[-1])
                 self._record(micro, batch)
             self._update()
+            self._look_back()
             stop = agreement.answer()
             finished = self.step == total
-            if self._due(self.recipe.log.every) or stop or finished:
+            told = self._due(self.recipe.log.every) or stop or finished
+            saved = self._due(self.recipe.checkpoint.every) or stop or finished
+            if told:
                 self._account(total)
+            if (told or saved) and self.failing_since() is not None:
+                return None  # before it is saved: what is saved can be gone on with
             if self._due(self.recipe.evaluate.every) or finished:
                 score = self._evaluate()
-            if self._due(self.recipe.checkpoint.every) or stop or finished:
+            if saved:
                 self._save()
             if stop and not finished:
                 self.checkpointer.wait()  # "stopped" promises that the checkpoint is there
@@ -86,6 +101,10 @@ class Loop:
 
     def finished(self) -> bool:
         return self.step >= total_steps(self.recipe, len(self.train_split))
+
+    def failing_since(self) -> int | None:
+        """The step (from 0) since which every update was skipped, where these are too many; waits for the device."""
+        return self.engine.health().failing_since
 
     def evaluate_only(self) -> Score | None:
         """The score of the state as it is."""
@@ -107,33 +126,69 @@ class Loop:
 
     def _forward_backward(self, batch: Batch, micro: int, last: bool) -> None:
         seed = forward_seed(self.recipe.seed, self.step, micro)
-        self.window.add(self.engine.forward_backward(batch.images, batch.labels, seed, micro == 0, last))
+        sums = self.engine.forward_backward(batch.images, batch.labels, seed, micro == 0, last)
+        self.window.add(sums)
+        if self.recipe.schedule.hold is not None:
+            self._correct += sums[1]
 
     def _record(self, micro: int, batch: Batch) -> None:
         self.recorder.record(self.step, micro, batch.records)
         self.window.num_substitutes += len(substitutes(batch.records))
 
     def _update(self) -> None:
-        self.engine.update(learning_rate(self.recipe, len(self.train_split), self.step))
+        self._last_rate = learning_rate(self.recipe, len(self.train_split), self.step, self.history)
+        self.engine.update(self.step, self._last_rate)
         self.step += 1
         self.window.steps += 1
 
+    def _look_back(self) -> None:
+        """While the schedule holds its rate until training gets somewhere, count where it has got to."""
+        correct, self._correct = self._correct, 0.0
+        hold = self.recipe.schedule.hold
+        if hold is not None and self.history.holding(self.recipe):
+            count = torch.as_tensor(correct, device=self.group.device).double()
+            dist.all_reduce(count, group=self.group.gradients)
+            self.history.trained(hold, self.recipe.batch.size, len(self.train_split), self.step, int(count))
+
     def _account(self, total: int) -> None:
         fetched = self.fetches.report(self.window.steps)
-        figures: dict[str, Any] = {**self.window.report(), **fetched}
-        rate = learning_rate(self.recipe, len(self.train_split), self.step - 1)
-        self.telemetry.step(self.step, total, round(self.order.epoch_of(self.step), 4), lr=rate, **figures)
+        health = self.engine.health()
+        figures: dict[str, Any] = {
+            **self.window.report(),
+            "gradient_norm": health.gradient_norm,
+            "num_skipped": health.num_skipped,
+            **({"loss_scale": health.loss_scale} if self.recipe.precision == "fp16" else {}),
+            **fetched,
+        }
+        self.telemetry.step(self.step, total, round(self.order.epoch_of(self.step), 4), lr=self._last_rate, **figures)
 
     def _evaluate(self) -> Score | None:
         if self.val_split is None:
             return None
         began = time.monotonic()
-        self.engine.synchronise_buffers()
-        score = evaluate(self.engine, self.val_split, self.recipe, self.group, self.threads)
+        score = self._score(self.val_split)
+        self.history.evaluated(self.step, score.num_top1, score.num_images)
         seconds = time.monotonic() - began
         self.window.paused_seconds += seconds
         self.telemetry.evaluation(self.step, round(self.order.epoch_of(self.step), 4), seconds, score.as_dict())
         return score
+
+    def _score(self, split: Split) -> Score:
+        recipe, device = self.recipe, self.group.device
+        self.engine.synchronise_buffers()
+        with self.engine.evaluating(uses_ema(recipe, recipe.evaluate.weights)) as network, ExitStack() as restored:
+            if recipe.evaluate.exact_batch_norm:
+                exact = exact_statistics(
+                    network,
+                    recipe,
+                    self.train_split,
+                    self.order,
+                    self.group,
+                    self.threads,
+                    recipe.evaluate.exact_batch_norm,
+                )
+                restored.enter_context(replaced_statistics(network, exact))
+            return evaluate(Predictor(network, recipe, device), split, recipe, self.group, self.threads)
 
     def _save(self) -> None:
         if self.checkpointer.last_step == self.step:
@@ -144,6 +199,7 @@ class Loop:
         state = training_state(self.engine, self.step, ledger)
         extra = {
             "epoch": self.order.epoch_of(self.step),
+            "history": self.history.as_dict(),
             "num_classes": self.num_classes,
             "num_substitutes": len(ledger.substitutes),
         }

@@ -6,11 +6,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,15 +18,17 @@ from data_pipeline.cache import Cache
 from data_pipeline.order import Order, build_order
 from data_pipeline.split import Split
 from data_pipeline.storage import Location
-from trainer.checkpoint import Checkpointer, Saved, like, load, newest_valid, open_checkpoint, set_aside
+from trainer.checkpoint import Checkpointer, Saved, like, load
 from trainer.engines import Engine, build_engine
 from trainer.evaluate import Score
 from trainer.fetching import fetch_ahead, require_room, warn_of_sorted_shards
-from trainer.group import Group, Rendezvous, join, pick_device
+from trainer.group import Group, Rendezvous, join, pick_device, together
+from trainer.history import History, require_scores
 from trainer.job import Job
 from trainer.ledger import Ledger, Recorder
 from trainer.loop import Loop
 from trainer.memory import keep_freed_memory
+from trainer.resume import choose_checkpoint, roll_back
 from trainer.rundir import RunDirectory, settle_recipe, write_atomically
 from trainer.schedules import total_steps
 from trainer.stopping import StopRequests
@@ -49,15 +50,15 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
     if device.type == "cpu":
         keep_freed_memory()
     with join(place, device, job.timeout_seconds) as group, StopRequests(job.run.stop_file) as requests:
-        _together(group, lambda: _require_shared(job.run))
+        together(group, lambda: _require_shared(job.run))
         recipe = _settle(job, group)
         torch.use_deterministic_algorithms(recipe.deterministic)
         # The number of threads decides the order of sums, so a deterministic run does not take it from the machine.
         threads = job.threads or (1 if recipe.deterministic else cores_each(local_world_size))
         torch.set_num_threads(threads)
-        train_split, val_split, order = _together(group, lambda: _open_data(job, recipe))
+        train_split, val_split, order = together(group, lambda: _open_data(job, recipe))
         with closing(train_split), nullcontext() if val_split is None else closing(val_split):
-            engine = _together(group, lambda: _build(recipe, len(train_split.manifest.classes), group))
+            engine = together(group, lambda: _build(recipe, train_split, group))
             gc.freeze()  # what was made until here is no garbage: the collector need not look through it again
             return _Worker(job, recipe, group, requests, engine, train_split, val_split, order, threads).run()
 
@@ -87,30 +88,16 @@ class _Worker:
     def run(self) -> Outcome:
         run, group = self.job.run, self.group
         broken: list[tuple[str, str]] = []
-        saved = _choose_checkpoint(run, group, broken)
+        saved = choose_checkpoint(run, group, broken)
         attempt = group.from_zero(_next_attempt(run) if group.rank == 0 else None)
-        step = 0 if saved is None else saved.step
-        telemetry = Telemetry(run, attempt, step, enabled=group.rank == 0)
+        telemetry = Telemetry(run, attempt, 0 if saved is None else saved.step, enabled=group.rank == 0)
         try:
             self._announce(telemetry, saved, broken)
             warn_of_sorted_shards(self.train_split, self.order, telemetry)
-            last = total_steps(self.recipe, len(self.train_split))
-            fetch_ahead(self.train_split, self.order, step, last, group, telemetry)
-            checkpointer = Checkpointer(
-                run.checkpoints, group, attempt, self.recipe.checkpoint.keep_last,
-                on_saved=lambda path, seconds: telemetry.event(
-                    "checkpoint", path=str(path), step=int(path.name[5:]), seconds=round(seconds, 3)
-                ),
-                on_failed=lambda at, why: telemetry.event("checkpoint_failed", step=at, reason=why),
-            )  # fmt: skip
-            loop = Loop(
-                self.recipe, group, self.engine, self.train_split, self.val_split, self.order,
-                Recorder(self._restore(saved)), checkpointer, telemetry, self.requests, self.threads, step,
-            )  # fmt: skip
-            checkpointer.last_step = step if saved is not None else -1
-            already_there = loop.finished()
-            score = loop.evaluate_only() if already_there else loop.run()
-            checkpointer.close()
+            loop, score = self._train(telemetry, saved, attempt)
+            while (since := loop.failing_since()) is not None:
+                saved = roll_back(self.recipe, run, group, telemetry, since)
+                loop, score = self._train(telemetry, saved, attempt)
             if not loop.finished():
                 return Outcome("stopped", loop.step)
             if group.rank == 0:
@@ -122,6 +109,28 @@ class _Worker:
             raise
         finally:
             telemetry.close()
+
+    def _train(self, telemetry: Telemetry, saved: Saved | None, attempt: int) -> tuple[Loop, Score | None]:
+        """From a checkpoint, or the beginning, to where the loop ends."""
+        step = 0 if saved is None else saved.step
+        last = total_steps(self.recipe, len(self.train_split))
+        fetch_ahead(self.train_split, self.order, step, last, self.group, telemetry)
+        checkpointer = Checkpointer(
+            self.job.run.checkpoints, self.group, attempt, self.recipe.checkpoint.keep_last,
+            on_saved=lambda path, seconds: telemetry.event(
+                "checkpoint", path=str(path), step=int(path.name[5:]), seconds=round(seconds, 3)
+            ),
+            on_failed=lambda at, why: telemetry.event("checkpoint_failed", step=at, reason=why),
+        )  # fmt: skip
+        history = History() if saved is None else History.from_dict(saved.manifest["history"])
+        loop = Loop(
+            self.recipe, self.group, self.engine, self.train_split, self.val_split, self.order,
+            Recorder(self._restore(saved)), checkpointer, telemetry, self.requests, self.threads, history, step,
+        )  # fmt: skip
+        checkpointer.last_step = step if saved is not None else -1
+        score = loop.evaluate_only() if loop.finished() else loop.run()
+        checkpointer.close()
+        return loop, score
 
     def _announce(self, telemetry: Telemetry, saved: Saved | None, broken: Iterable[tuple[str, str]]) -> None:
         """Everything about this start in events.jsonl, and the recipe beside it."""
@@ -135,7 +144,7 @@ class _Worker:
             }
         )
         data_hash = self.train_split.fingerprint
-        _together(self.group, lambda: _check_same_data(self.job.run, data_hash, self.job.data))
+        together(self.group, lambda: _check_same_data(self.job.run, data_hash, self.job.data))
         for path, why in broken:
             telemetry.event("checkpoint_broken", path=path, reason=why)
         for why in self.train_split.unreadable:
@@ -159,19 +168,6 @@ class _Worker:
         load(saved, {**state, **ledger.state()}, self.group)
         self.engine.import_state(state)
         return ledger
-
-
-def _together(group: Group, act: Callable[[], Any]) -> Any:
-    """Do something on every rank; where one fails for a reason the user can mend, all raise it, so that none waits."""
-    problem, result = None, None
-    try:
-        result = act()
-    except LonghaulError as error:
-        problem = str(error) if group.world_size == 1 else f"{error} (On {socket.gethostname()}.)"
-    problems = [p for p in group.gather(problem) if p is not None]
-    if problems:
-        raise LonghaulError(problems[0])
-    return result
 
 
 def _require_shared(run: RunDirectory) -> None:
@@ -198,7 +194,7 @@ def _settle(job: Job, group: Group) -> Recipe:
             )
         return recipe
 
-    return group.from_zero(_together(group, decide))
+    return group.from_zero(together(group, decide))
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -219,23 +215,14 @@ def _open_data(job: Job, recipe: Recipe) -> tuple[Split, Split | None, Order]:
     return train_split, val_split, order
 
 
-def _build(recipe: Recipe, found_classes: int, group: Group) -> Engine:
-    wanted = recipe.model.num_classes
+def _build(recipe: Recipe, split: Split, group: Group) -> Engine:
+    wanted, found_classes = recipe.model.num_classes, len(split.manifest.classes)
+    require_scores(recipe, bool(split.manifest.num_samples("val")))
     if wanted is not None and wanted < found_classes:
         raise LonghaulError(
             f"model.num_classes={wanted} but the data set has {found_classes} classes; leave the key out to follow it."
         )
-    return build_engine(recipe, wanted or found_classes, group)
-
-
-def _choose_checkpoint(run: RunDirectory, group: Group, broken: list[tuple[str, str]]) -> Saved | None:
-    """The newest checkpoint that verifies. Rank 0 reads and decides; what is broken is set aside."""
-    path: Path | None = None
-    if group.rank == 0:
-        found = newest_valid(run.checkpoints, lambda p, why: broken.append((str(set_aside(p)), why)))
-        path = None if found is None else found.path
-    path = group.from_zero(path)
-    return None if path is None else open_checkpoint(path)
+    return build_engine(recipe, len(split), wanted or found_classes, group)
 
 
 def _next_attempt(run: RunDirectory) -> int:

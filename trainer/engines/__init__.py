@@ -8,7 +8,7 @@ from trainer.group import Group
 __all__ = ["Engine", "build_engine"]
 
 
-def build_engine(recipe: Recipe, num_classes: int, group: Group) -> Engine:
-    """The engine that the recipe names, its model initialised from the seed."""
+def build_engine(recipe: Recipe, num_samples: int, num_classes: int, group: Group) -> Engine:
+    """The engine that the recipe names, its model initialised from the seed, for a training split of `num_samples`."""
     engines = {"ddp": DdpEngine}
-    return engines[recipe.engine.name](recipe, num_classes, group)
+    return engines[recipe.engine.name](recipe, num_samples, num_classes, group)

@@ -1,8 +1,12 @@
 """The interface of an engine: what the training loop needs, and no more."""
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from torch import nn
+
+from trainer.gradients import Health
 
 
 class Engine(Protocol):
@@ -26,12 +30,17 @@ class Engine(Protocol):
         """
         ...
 
-    def update(self, learning_rate: float) -> None:
-        """One optimizer step with the mean gradient over the whole batch."""
+    def update(self, step: int, learning_rate: float) -> None:
+        """The optimizer step number `step` (from 0) with the mean gradient over the whole batch. Where that is not
+        finite, weights, optimizer state and batch-norm statistics stay as they were."""
         ...
 
-    def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, float32 [n, classes], in evaluation mode."""
+    def health(self) -> Health:
+        """What became of the updates so far; waits for the device."""
+        ...
+
+    def evaluating(self, ema: bool) -> AbstractContextManager[nn.Module]:
+        """The network in evaluation mode, its averaged weights where `ema`; after `synchronise_buffers`."""
         ...
 
     def synchronise_buffers(self) -> None:
@@ -39,7 +48,8 @@ class Engine(Protocol):
         ...
 
     def export_state(self) -> dict[str, Any]:
-        """The canonical state: tensors by `model.<fqn>` and `optim.state.<fqn>.<name>`; sharing memory where it can."""
+        """The canonical state, sharing memory where it can: tensors by `model.<fqn>`, `optim.state.<fqn>.<name>`,
+        `ema.<fqn>`, `guard.<name>` and `loss_scale.<name>`."""
         ...
 
     def import_state(self, state: dict[str, Any]) -> None:

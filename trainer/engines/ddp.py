@@ -1,79 +1,118 @@
 """Replicated weights, gradients averaged by torch's DistributedDataParallel."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import Recipe
+from trainer.averaging import Average
+from trainer.compiling import compiled
+from trainer.gradients import Guard, Health, LossScaler, finish
 from trainer.group import Group
+from trainer.losses import build_loss, main_logits
 from trainer.models import build_model
 from trainer.optim import build_optimizer
+from trainer.predict import autocast
+from trainer.statistics import Statistics
 
 
 class DdpEngine:
     """See `trainer.engines.base.Engine`."""
 
-    def __init__(self, recipe: Recipe, num_classes: int, group: Group) -> None:
+    def __init__(self, recipe: Recipe, num_samples: int, num_classes: int, group: Group) -> None:
         self._recipe, self._group = recipe, group
         self._model: nn.Module = build_model(recipe.model, num_classes, recipe.seed).to(group.device)
         if recipe.channels_last:
             self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._parameters = list(self._model.parameters())
         self._optimizer = build_optimizer(recipe.optimizer, self._model)
-        self._norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self._statistics = Statistics(self._model)
+        self._average = None if recipe.ema is None else Average(recipe, num_samples, self._model)
+        self._guard = Guard(recipe.gradients, group.device)
+        self._scaler = LossScaler(recipe.loss_scale if recipe.precision == "fp16" else None, group.device)
+        self._norm = torch.zeros((), device=group.device)
         # A micro-batch's loss is a mean over its samples. DDP divides by the number of ranks, so that this weight
         # makes the reduced gradient the mean over the whole batch however unevenly micro-batches are dealt.
         self._weight = group.world_size / recipe.batch.num_micro
-        self._criterion = nn.CrossEntropyLoss(label_smoothing=recipe.loss.label_smoothing)
-        self._network = self._wrap() if group.world_size > 1 else self._model
+        self._criterion = build_loss(recipe.loss)
+        self._replicas = self._replicate() if group.world_size > 1 else None
+        self._network = compiled(self._replicas or self._model, recipe.compile, group.device)
+        if self._replicas is not None and recipe.deterministic:
+            self._settle_buckets()
 
     def forward_backward(
         self, images: torch.Tensor, labels: torch.Tensor, seed: int, first: bool, last: bool
     ) -> torch.Tensor:
         self._model.train()
         torch.manual_seed(seed)
-        for norm in self._norms:
-            norm.track_running_stats = first
-        network = self._network
-        reduce_later = network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
-        with reduce_later:
+        self._statistics.track(first)
+        if first:
+            self._statistics.keep()
+        with self._reduced(last):
             with self._autocast():
-                logits = network(self._laid_out(images))
-            loss = self._criterion(logits.float(), labels)
-            (loss * self._weight).backward()
+                outputs = self._network(self._laid_out(images))
+            loss = self._criterion(outputs, labels)
+            weighted = loss * self._weight
+            (weighted if self._scaler.scale is None else weighted * self._scaler.scale).backward()
         with torch.no_grad():
             classes = labels if labels.ndim == 1 else labels.argmax(1)
-            correct = (logits.argmax(1) == classes).sum()
+            correct = (main_logits(outputs).argmax(1) == classes).sum()
             return torch.stack([loss.detach().double(), correct.double()])
 
-    def update(self, learning_rate: float) -> None:
+    @torch.no_grad()
+    def update(self, step: int, learning_rate: float) -> None:
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self._norm = finish(gradients, self._scaler.scale, self._recipe.gradients.clip_norm)
+        found_inf = self._guard.judge(self._norm, step)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
         self._optimizer.step()
+        del self._optimizer.found_inf  # type: ignore[attr-defined]
         self._optimizer.zero_grad()
+        self._statistics.put_back(found_inf > 0)
+        self._scaler.adjust(found_inf)
+        if self._average is not None:
+            self._average.follow(step + 1)
 
-    @torch.no_grad()
-    def predict(self, images: torch.Tensor) -> torch.Tensor:
-        self._model.eval()
-        for norm in self._norms:
-            norm.track_running_stats = True
-        with self._autocast():
-            return self._model(self._laid_out(images)).float()
+    def health(self) -> Health:
+        counts = {name: int(tensor) for name, tensor in self._guard.state.items()}
+        since, scale = counts["failing_since"], self._scaler.scale
+        return Health(
+            gradient_norm=float(self._norm),
+            num_skipped=counts["skipped"],
+            failing_since=None if since < 0 else since,
+            loss_scale=1.0 if scale is None else float(scale),
+        )
+
+    @contextmanager
+    def evaluating(self, ema: bool) -> Iterator[nn.Module]:
+        average = self._average if ema else None
+        network, statistics = (
+            (self._model, self._statistics) if average is None else (average.network, average.statistics)
+        )
+        statistics.track(True)
+        yield network.eval()
 
     def synchronise_buffers(self) -> None:
         if self._group.world_size > 1:
-            for buffer in self._model.buffers():
-                dist.broadcast(buffer, src=0, group=self._group.gradients)
+            self._statistics.broadcast(self._group.gradients)
+            if self._average is not None:
+                self._average.statistics.broadcast(self._group.gradients)
 
     def export_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
         for name, parameter in self._model.named_parameters():
             for key, tensor in self._optimizer.state[parameter].items():
                 state[f"optim.state.{name}.{key}"] = tensor
-        return state
+        if self._average is not None:
+            state |= {f"ema.{name}": tensor for name, tensor in self._average.network.state_dict().items()}
+        state |= {f"guard.{name}": tensor for name, tensor in self._guard.state.items()}
+        return state | {f"loss_scale.{name}": tensor for name, tensor in self._scaler.state.items()}
 
     @torch.no_grad()
     def import_state(self, state: dict[str, Any]) -> None:
@@ -82,32 +121,32 @@ class DdpEngine:
             tensor.copy_(state[key])
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._group.device.type, dtype=torch.bfloat16, enabled=self._recipe.precision == "bf16")
+        return autocast(self._recipe, self._group.device)
 
     def _laid_out(self, images: torch.Tensor) -> torch.Tensor:
         return images if self._recipe.channels_last else images.contiguous()
 
-    def _wrap(self) -> DistributedDataParallel:
-        network = DistributedDataParallel(
+    def _reduced(self, last: bool) -> Any:
+        """Gradients are summed over the ranks in the last backward pass only."""
+        return nullcontext() if self._replicas is None or last else self._replicas.no_sync()
+
+    def _replicate(self) -> DistributedDataParallel:
+        return DistributedDataParallel(
             self._model,
             process_group=self._group.gradients,
             forward_sync_buffers=False,  # statistics are kept by rank 0 alone
             gradient_as_bucket_view=True,
         )
-        if self._recipe.deterministic:
-            self._settle_buckets(network)
-        return network
 
-    def _settle_buckets(self, network: DistributedDataParallel) -> None:
+    def _settle_buckets(self) -> None:
         """DDP rebuilds its buckets after the first backward, and with them the order of summation. One throw-away
         pass makes a resumed run sum as the uninterrupted one did."""
-        for norm in self._norms:
-            norm.track_running_stats = False
+        self._statistics.track(False)
         size = self._recipe.input.size
         images = torch.zeros(1, 3, size, size, device=self._group.device)
         images = images.expand(2, 3, size, size).contiguous(memory_format=torch.channels_last)
         for _ in range(2):
             with self._autocast():
-                logits = network(self._laid_out(images))
-            logits.float().sum().backward()
+                outputs = self._network(self._laid_out(images))
+            main_logits(outputs).float().sum().backward()
         self._optimizer.zero_grad()
