@@ -21,6 +21,7 @@ from trainer.engines import Engine
 from trainer.evaluate import Score, evaluate
 from trainer.fetching import FetchMeter
 from trainer.group import Group
+from trainer.history import History
 from trainer.ledger import Ledger, Recorder
 from trainer.progress import Window, is_due
 from trainer.schedules import learning_rate, total_steps
@@ -50,6 +51,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
         self.fetches = FetchMeter(self.train_split, self.group)
+        self.history = History()
         self.num_classes = self.recipe.model.num_classes or len(self.train_split.manifest.classes)
 
     def run(self) -> Score | None:
@@ -114,14 +116,14 @@ class Loop:
         self.window.num_substitutes += len(substitutes(batch.records))
 
     def _update(self) -> None:
-        self.engine.update(learning_rate(self.recipe, len(self.train_split), self.step))
+        self.engine.update(learning_rate(self.recipe, len(self.train_split), self.step, self.history))
         self.step += 1
         self.window.steps += 1
 
     def _account(self, total: int) -> None:
         fetched = self.fetches.report(self.window.steps)
         figures: dict[str, Any] = {**self.window.report(), **fetched}
-        rate = learning_rate(self.recipe, len(self.train_split), self.step - 1)
+        rate = learning_rate(self.recipe, len(self.train_split), self.step - 1, self.history)
         self.telemetry.step(self.step, total, round(self.order.epoch_of(self.step), 4), lr=rate, **figures)
 
     def _evaluate(self) -> Score | None:
@@ -130,6 +132,7 @@ class Loop:
         began = time.monotonic()
         self.engine.synchronise_buffers()
         score = evaluate(self.engine, self.val_split, self.recipe, self.group, self.threads)
+        self.history.evaluated(self.step, score.num_top1, score.num_images)
         seconds = time.monotonic() - began
         self.window.paused_seconds += seconds
         self.telemetry.evaluation(self.step, round(self.order.epoch_of(self.step), 4), seconds, score.as_dict())

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import Recipe
 from trainer.group import Group
+from trainer.losses import build_loss, main_logits
 from trainer.models import build_model
 from trainer.optim import build_optimizer
 
@@ -27,7 +28,7 @@ class DdpEngine:
         # A micro-batch's loss is a mean over its samples. DDP divides by the number of ranks, so that this weight
         # makes the reduced gradient the mean over the whole batch however unevenly micro-batches are dealt.
         self._weight = group.world_size / recipe.batch.num_micro
-        self._criterion = nn.CrossEntropyLoss(label_smoothing=recipe.loss.label_smoothing)
+        self._criterion = build_loss(recipe.loss)
         self._network = self._wrap() if group.world_size > 1 else self._model
 
     def forward_backward(
@@ -41,12 +42,12 @@ class DdpEngine:
         reduce_later = network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
         with reduce_later:
             with self._autocast():
-                logits = network(self._laid_out(images))
-            loss = self._criterion(logits.float(), labels)
+                outputs = network(self._laid_out(images))
+            loss = self._criterion(outputs, labels)
             (loss * self._weight).backward()
         with torch.no_grad():
             classes = labels if labels.ndim == 1 else labels.argmax(1)
-            correct = (logits.argmax(1) == classes).sum()
+            correct = (main_logits(outputs).argmax(1) == classes).sum()
             return torch.stack([loss.detach().double(), correct.double()])
 
     def update(self, learning_rate: float) -> None:
