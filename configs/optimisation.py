@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from configs.duration import Duration
 from configs.section import PositiveDuration, Section, default_kind
@@ -14,7 +14,7 @@ class Sgd(Section):
     """Stochastic gradient descent with momentum; batch norm and biases decay only if asked.
 
     `style` torch: v = momentum v + g, w -= lr v (`torch.optim.SGD`); caffe: v = momentum v + lr g, w -= v, which
-    differs where the learning rate changes. `implementation` apex is NVIDIA's FusedSGD.
+    differs where the learning rate changes. `implementation` apex is NVIDIA's FusedSGD, of style torch.
     """
 
     kind: Literal["sgd"] = "sgd"
@@ -24,6 +24,17 @@ class Sgd(Section):
     weight_decay: NonNegativeFloat = 1e-4
     decay_norm_and_bias: bool = False
     implementation: Literal["torch", "apex"] = "torch"
+
+    @model_validator(mode="after")
+    def _can_be_had(self) -> "Sgd":
+        if self.nesterov and not self.momentum:
+            raise ValueError("optimizer.nesterov=true needs an optimizer.momentum above 0")
+        if self.implementation == "apex" and self.style == "caffe":
+            raise ValueError(
+                "optimizer.implementation=apex has no optimizer.style=caffe: use optimizer.implementation=torch, or "
+                "optimizer.style=torch"
+            )
+        return self
 
 
 class Lars(Section):
@@ -41,7 +52,8 @@ class Lars(Section):
 
 class Lamb(Section):
     """LAMB (You et al. 2019, arXiv 1904.00962): Adam's step, scaled for each weight to |w| / |step|. Batch norm and
-    biases are not adapted, and decay only if asked. `implementation` apex is NVIDIA's FusedLAMB."""
+    biases are not adapted, and decay only if asked. `implementation` apex is NVIDIA's FusedLAMB, which adapts just what
+    decays."""
 
     kind: Literal["lamb"] = "lamb"
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -50,13 +62,23 @@ class Lamb(Section):
     decay_norm_and_bias: bool = False
     implementation: Literal["torch", "apex"] = "torch"
 
+    @model_validator(mode="after")
+    def _can_be_had(self) -> "Lamb":
+        if self.implementation == "apex" and (self.decay_norm_and_bias or not self.weight_decay):
+            raise ValueError(
+                "optimizer.implementation=apex adapts just what decays: use optimizer.implementation=torch, or an "
+                "optimizer.weight_decay above 0 with optimizer.decay_norm_and_bias=false"
+            )
+        return self
+
 
 Optimizer = Annotated[Sgd | Lars | Lamb, Field(discriminator="kind"), default_kind("sgd")]
 
 
 class Hold(Section):
     """A rate to begin with, kept until the training error over a whole `window` is below `train_error` (He et al. 2015,
-    section 4.2, for ResNet-110). The schedule counts steps from the start of the run, not from the end of the hold."""
+    section 4.2, for ResNet-110). Windows follow each other and do not overlap. The schedule counts steps from the start
+    of the run, not from the end of the hold."""
 
     lr: NonNegativeFloat = 0.01
     train_error: float = Field(default=0.8, gt=0.0, le=1.0)
@@ -70,6 +92,14 @@ class _Schedule(Section):
     warmup: Duration = Duration.parse("0it")
     warmup_lr: NonNegativeFloat = 0.0
     hold: Hold | None = None
+
+    @model_validator(mode="after")
+    def _begins_in_one_way(self) -> "_Schedule":
+        if self.hold is not None and self.warmup.value > 0:
+            raise ValueError(
+                f"schedule.hold and schedule.warmup={self.warmup} are two ways to begin: leave one of them out"
+            )
+        return self
 
 
 class Constant(_Schedule):
@@ -100,7 +130,8 @@ class Polynomial(_Schedule):
 
 
 class OneCycle(_Schedule):
-    """Linear from 0 up to `lr` over `warmup`, then linear down to `end_lr` at the end of the run (Smith 2018)."""
+    """Linear from `warmup_lr` up to `lr` over `warmup`, then linear down to `end_lr` at the end of the run (Smith 2018,
+    arXiv 1803.09820). Without `warmup` only the way down remains."""
 
     kind: Literal["one_cycle"] = "one_cycle"
     end_lr: NonNegativeFloat = 0.0
@@ -108,7 +139,8 @@ class OneCycle(_Schedule):
 
 class Plateau(_Schedule):
     """The rate is multiplied by `gamma` when the held-out top-1 error has not fallen by more than `threshold` (a share:
-    0.001 is a tenth of a point) below its best for `patience` evaluations in a row, at most `drops` times.
+    0.001 is a tenth of a point) below its best for `patience` evaluations in a row, at most `drops` times. The best is
+    the error that last fell so far below the best before it: many small steps down count once they add up.
 
     He et al. 2015 divide "when the error plateaus" without a rule; this one counts whole images, so that it is a
     function of the evaluations' results alone, which are kept in every checkpoint.

@@ -1,6 +1,7 @@
 """What every section of a recipe is made of."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PositiveFloat
@@ -27,6 +28,11 @@ def default_kind(kind: str) -> BeforeValidator:
         return {"kind": kind, **value} if isinstance(value, Mapping) else value
 
     return BeforeValidator(add)
+
+
+def exact(number: float) -> Fraction:
+    """The decimal number that was written in the recipe: 0.8 is 4/5, not the binary fraction next to it."""
+    return Fraction(str(number))
 
 
 PositiveDuration = Annotated[Duration, AfterValidator(_positive)]

@@ -1,7 +1,6 @@
-"""Networks are the published ones to the parameter, optimizers and schedules the closed forms they claim to be."""
+"""Networks are the published ones to the parameter."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,13 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from configs import Duration, LonghaulError, Recipe, load_recipe
-from configs.optimisation import Sgd
+from configs import Duration, LonghaulError, load_recipe
 from configs.schema import Model
 from trainer.models import MODELS, build_model
-from trainer.optim import build_optimizer
 from trainer.progress import is_due
-from trainer.schedules import learning_rate, total_steps
+from trainer.schedules import total_steps
 
 # --- shapes ------------------------------------------------------------------------------------------------------
 
@@ -233,142 +230,6 @@ def test_zero_init_gamma_makes_every_block_its_shortcut(name: str, last: str) ->
     block = model.get_submodule("layer1.1")
     x = torch.rand(2, 16 if "cifar" in name else 64 if last == "bn2" else 256, 8, 8)
     assert torch.equal(block(x), x)
-
-
-# --- optimizer ---------------------------------------------------------------------------------------------------
-
-
-def groups_of(config: Sgd, model: nn.Module) -> dict[str, float]:
-    """The weight decay of every parameter, by name."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = build_optimizer(config, model).param_groups
-    found = [(names[id(p)], group["weight_decay"]) for group in groups for p in group["params"]]
-    assert len(found) == len(names)  # each once
-    return dict(found)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "cifar-resnet20"])
-def test_batch_norm_and_biases_do_not_decay_and_the_shortcuts_batch_norm_is_one(name: str) -> None:
-    model = build_model(Model(name=name), 10, 0)
-    decay = groups_of(Sgd(weight_decay=5e-4), model)
-    shortcuts = {key for key in decay if "downsample.1" in key}
-    assert shortcuts
-    for key, value in decay.items():
-        is_convolution = model.get_parameter(key).ndim > 1
-        assert value == (5e-4 if is_convolution else 0.0), key
-    assert decay["fc.weight"] == 5e-4 and decay["fc.bias"] == 0.0
-
-
-def test_everything_decays_where_the_recipe_asks() -> None:
-    model = build_model(SMALL, 10, 0)
-    assert set(groups_of(Sgd(weight_decay=1e-4, decay_norm_and_bias=True), model).values()) == {1e-4}
-
-
-def test_momentum_exists_before_the_first_step_and_makes_no_difference_to_it() -> None:
-    models = [build_model(SMALL, 10, 0) for _ in range(2)]
-    config = Sgd(momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norm_and_bias=True)
-    ours = build_optimizer(config, models[0])
-    plain = torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    before = {key: sorted(value) for key, value in ours.state_dict()["state"].items()}
-    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for _ in range(3):
-        for model, optimizer in zip(models, (ours, plain), strict=True):
-            optimizer.param_groups[0]["lr"] = 0.1
-            optimizer.zero_grad()
-            model(images).logsumexp(1).sum().backward()
-            optimizer.step()
-    assert {key: sorted(value) for key, value in ours.state_dict()["state"].items()} == before
-    assert set(before) == set(range(len(list(models[0].parameters()))))
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_without_momentum_there_is_no_momentum_to_save() -> None:
-    optimizer = build_optimizer(Sgd(momentum=0.0), build_model(SMALL, 10, 0))
-    assert not optimizer.state_dict()["state"]
-
-
-# --- schedules ---------------------------------------------------------------------------------------------------
-
-
-def recipe(schedule: str, duration: str = "100it") -> Recipe:
-    return load_recipe("digits", [f"schedule={schedule}", f"duration={duration}", "batch={size: 10, micro: 5}"])
-
-
-def rates(made: Recipe, num_samples: int = 1000) -> list[float]:
-    return [learning_rate(made, num_samples, step) for step in range(total_steps(made, num_samples))]
-
-
-def torch_rates(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> Iterator[float]:
-    for _ in range(steps):
-        yield schedule.optimizer.param_groups[0]["lr"]
-        schedule.optimizer.step()
-        schedule.step()
-
-
-def optimizer(lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
-
-
-def test_multistep_is_torchs() -> None:
-    made = recipe("{kind: multistep, lr: 0.8, milestones: [30it, 0.6ep, 900samples], gamma: 0.25}")
-    expected = torch.optim.lr_scheduler.MultiStepLR(optimizer(0.8), [30, 60, 90], 0.25)
-    assert rates(made) == pytest.approx(list(torch_rates(expected, 100)))
-    assert rates(made)[29:31] == [0.8, 0.2]
-
-
-def test_cosine_is_torchs() -> None:
-    made = recipe("{kind: cosine, lr: 0.8, end_lr: 0.01}")
-    expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer(0.8), T_max=100, eta_min=0.01)
-    assert rates(made) == pytest.approx(list(torch_rates(expected, 100)))
-
-
-def test_constant_is_constant_and_one_cycle_goes_linearly_up_and_down() -> None:
-    assert rates(recipe("{kind: constant, lr: 0.8}")) == [0.8] * 100
-    made = rates(recipe("{kind: one_cycle, lr: 0.8, end_lr: 0.1, warmup: 20it}"))
-    up = [0.8 * (step + 1) / 20 for step in range(20)]
-    expected = torch.optim.lr_scheduler.LinearLR(optimizer(0.8), start_factor=1, end_factor=0.125, total_iters=80)
-    assert made == pytest.approx(up + list(torch_rates(expected, 80)))
-
-
-SCHEDULES = {
-    "constant": "{kind: constant, lr: 0.8, warmup: %s}",
-    "multistep": "{kind: multistep, lr: 0.8, milestones: [50it], warmup: %s}",
-    "cosine": "{kind: cosine, lr: 0.8, end_lr: 0.001, warmup: %s}",
-    "one_cycle": "{kind: one_cycle, lr: 0.8, end_lr: 0.001, warmup: %s}",
-}
-
-
-@pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize(("warmup", "steps"), [("0it", 0), ("1it", 1), ("7it", 7), ("0.25ep", 25), ("130samples", 13)])
-def test_warm_up_is_linear_and_reaches_the_full_rate_as_it_ends(kind: str, warmup: str, steps: int) -> None:
-    made = rates(recipe(SCHEDULES[kind] % warmup))
-    assert made[:steps] == pytest.approx([0.8 * (step + 1) / steps for step in range(steps)])
-    assert made[steps] == pytest.approx(0.8)
-    assert all(0 <= rate <= 0.8 + 1e-12 for rate in made)
-
-
-@pytest.mark.parametrize("kind", ["cosine", "one_cycle"])
-def test_the_rate_would_be_the_end_rate_one_step_after_the_last(kind: str) -> None:
-    made = recipe(SCHEDULES[kind] % "10it")
-    assert learning_rate(made, 1000, 100) == pytest.approx(0.001)
-    falling = rates(made)[10:]
-    assert falling == sorted(falling, reverse=True) and falling[-1] > 0.001
-
-
-@pytest.mark.parametrize("kind", SCHEDULES)
-def test_a_run_that_is_all_warm_up_still_has_a_schedule(kind: str) -> None:
-    made = recipe(SCHEDULES[kind] % "100it")
-    assert rates(made)[-1] == pytest.approx(0.8)
-    assert all(math.isfinite(rate) for rate in rates(recipe(SCHEDULES[kind] % "500it")))
-
-
-@pytest.mark.parametrize(
-    ("duration", "steps"), [("600000it", 600_000), ("90ep", 450_411), ("1.2Msamples", 4_688), ("1samples", 1)]
-)
-def test_total_steps_of_imagenet(duration: str, steps: int) -> None:
-    made = load_recipe("paper-resnet50", [f"duration={duration}"])
-    assert total_steps(made, 1_281_167) == steps
 
 
 # --- what is due when --------------------------------------------------------------------------------------------
