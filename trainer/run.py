@@ -23,14 +23,14 @@ from trainer.engines import Engine, build_engine
 from trainer.evaluate import Score
 from trainer.fetching import fetch_ahead, require_room, warn_of_sorted_shards
 from trainer.group import Group, Rendezvous, join, pick_device, together
-from trainer.history import History, require_scores
+from trainer.history import History
 from trainer.job import Job
 from trainer.ledger import Ledger, Recorder
 from trainer.loop import Loop
 from trainer.memory import keep_freed_memory
 from trainer.resume import choose_checkpoint, roll_back
 from trainer.rundir import RunDirectory, settle_recipe, write_atomically
-from trainer.schedules import total_steps
+from trainer.schedules import require_scores, total_steps
 from trainer.stopping import StopRequests
 from trainer.telemetry import Telemetry
 

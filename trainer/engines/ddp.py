@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,9 +36,10 @@ class DdpEngine:
         self._guard = Guard(recipe.gradients, group.device)
         self._scaler = LossScaler(recipe.loss_scale if recipe.precision == "fp16" else None, group.device)
         self._norm = torch.zeros((), device=group.device)
-        # A micro-batch's loss is a mean over its samples. DDP divides by the number of ranks, so that this weight
-        # makes the reduced gradient the mean over the whole batch however unevenly micro-batches are dealt.
-        self._weight = group.world_size / recipe.batch.num_micro
+        # A micro-batch's loss is a mean over its samples; the sum of all, so weighted, is the mean over the batch
+        # however unevenly micro-batches are dealt. That nothing in it depends on the number of workers matters to
+        # fp16, whose range ends at 65504.
+        self._weight = 1.0 / recipe.batch.num_micro
         self._criterion = build_loss(recipe.loss)
         self._replicas = self._replicate() if group.world_size > 1 else None
         self._network = compiled(self._replicas or self._model, recipe.compile, group.device)
@@ -131,12 +133,14 @@ class DdpEngine:
         return nullcontext() if self._replicas is None or last else self._replicas.no_sync()
 
     def _replicate(self) -> DistributedDataParallel:
-        return DistributedDataParallel(
+        replicas = DistributedDataParallel(
             self._model,
             process_group=self._group.gradients,
             forward_sync_buffers=False,  # statistics are kept by rank 0 alone
             gradient_as_bucket_view=True,
         )
+        replicas.register_comm_hook(self._group.gradients, _sum)
+        return replicas
 
     def _settle_buckets(self) -> None:
         """DDP rebuilds its buckets after the first backward, and with them the order of summation. One throw-away
@@ -150,3 +154,9 @@ class DdpEngine:
                 outputs = self._network(self._laid_out(images))
             main_logits(outputs).float().sum().backward()
         self._optimizer.zero_grad()
+
+
+def _sum(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Add a bucket of gradients up over the ranks; DDP by itself would divide by their number."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
