@@ -3,7 +3,7 @@
 Each section belongs to the component it configures. Unknown keys are refused (`configs.load` adds the nearest name).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,11 +22,13 @@ from configs.section import Bounds, PositiveDuration, Section, ascending
 
 
 class Model(Section):
-    """The network: one of ours by name, or a classifier of `torchvision:` or `timm:`.
+    """The network: one of ours by name, or a classifier of a library, as `torchvision:vgg16` or `timm:resnet50d`.
 
-    `stride`, `shortcut` (options A, B and C of He et al. 2015, 3.3), `zero_init_gamma` and `drop_path` (stochastic
-    depth, Huang et al. 2016, its probability growing linearly over the blocks) are of our residual networks alone.
-    `num_classes` is taken from the data when it is left out.
+    `stride`, `shortcut` (options A, B and C of He et al. 2015, 3.3) and `zero_init_gamma` (Goyal et al. 2017, 5.1) are
+    of our residual networks alone; `drop_path` (stochastic depth, Huang et al. 2016, its probability growing linearly
+    over the blocks) of these and of those of timm that have it. What would have no effect is refused, but for what
+    recipes hand on from one network to another like it: a `shortcut` to plain networks, and a `stride` to networks
+    without bottlenecks, of which both versions are the same. `num_classes` is taken from the data when it is left out.
     """
 
     name: str
@@ -35,6 +37,30 @@ class Model(Section):
     zero_init_gamma: bool = False
     drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
     num_classes: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> "Model":
+        if self.name.startswith("timm:"):
+            idle = ["stride", "shortcut", "zero_init_gamma"]
+        elif ":" in self.name:
+            idle = ["stride", "shortcut", "zero_init_gamma", "drop_path"]
+        elif self.name.startswith(("plain", "cifar-plain")):
+            idle = ["zero_init_gamma", "drop_path"]
+        else:
+            idle = []
+        given = {key: getattr(self, key) for key in idle}
+        defaults = {key: type(self).model_fields[key].default for key in idle}
+        wrong = [key for key in idle if given[key] != defaults[key]]
+        if wrong:
+            raise ValueError(
+                f"{_assignments(given, wrong)} would have no effect on the network {self.name}: "
+                f"leave it out, or give {_assignments(defaults, wrong)} where the recipe has it from another"
+            )
+        return self
+
+
+def _assignments(values: dict[str, Any], keys: list[str]) -> str:
+    return " ".join(f"model.{key}={str(values[key]).replace('True', 'true').replace('False', 'false')}" for key in keys)
 
 
 class Batch(Section):

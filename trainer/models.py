@@ -1,8 +1,11 @@
 """Residual networks and their plain counterparts: He et al. 2015 (arXiv 1512.03385), and the v1.5 variant.
 
-Names of parameters equal torchvision's (and timm's), so that state dicts can be exchanged. Images are
-[n, 3, height, width].
+Every network, of ours or of a library, takes images [n, 3, height, width] and returns logits [n, classes]; in training
+mode one with auxiliary classifiers returns a tuple (logits, *auxiliary logits), each [n, classes]. The names of the
+parameters of ours equal torchvision's and timm's, so that state dicts can be exchanged.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from torch.nn import functional
 
 from configs import LonghaulError
 from configs.schema import Model
+from trainer.zoo import LIBRARIES, build_library_model, did_you_mean
 
 _IMAGENET = {  # kind of block, blocks a stage (table 1)
     "plain18": ("plain", (2, 2, 2, 2)),
@@ -29,11 +33,20 @@ MODELS = (*_IMAGENET, *_CIFAR)
 
 
 def build_model(config: Model, num_classes: int, seed: int) -> nn.Module:
-    """The network of a recipe with weights drawn from `seed` (the same on every machine); raises LonghaulError."""
-    if config.name not in MODELS:
-        raise LonghaulError(f"There is no model '{config.name}'; known are {', '.join(MODELS)}.")
+    """The network of a recipe, float32, its weights drawn from `seed`: the same on every machine, whatever was drawn
+    before, and torch's generators stay as they are. Raises LonghaulError for a name or an option that cannot be."""
+    library, colon, name = config.name.partition(":")
+    if config.name not in MODELS and library not in LIBRARIES:
+        if colon:
+            raise LonghaulError(f"model.name={config.name}: the libraries are {' and '.join(LIBRARIES)}.")
+        raise LonghaulError(
+            f"There is no model '{config.name}'{did_you_mean(config.name, MODELS)}; known are {', '.join(MODELS)}, and "
+            "those of libraries, as torchvision:vgg16 or timm:resnet50d."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+        if colon:
+            return build_library_model(library, name, num_classes, config.drop_path)
         if config.name in _CIFAR:
             kind, n = _CIFAR[config.name]
             return CifarResNet(BLOCKS[kind], n, num_classes, config)
@@ -61,23 +74,34 @@ def _shortcut(option: str, inputs: int, outputs: int, stride: int) -> nn.Module 
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
+def _drop_path(rate: float) -> nn.Module:
+    """Stochastic depth: in training a sample skips the block with probability `rate`; otherwise its residual is divided
+    by 1 - rate."""
+    if rate == 0.0:
+        return nn.Identity()
+    from torchvision.ops import StochasticDepth  # seconds to import, for what few recipes ask for
+
+    return StochasticDepth(rate, "row")
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions (figure 5, left)."""
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, config: Model) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, drop_path: float, config: Model) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
+        self.drop_path = _drop_path(drop_path)
         self.downsample = _shortcut(config.shortcut, inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = functional.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
+        out = self.drop_path(self.bn2(self.conv2(out)))
         return functional.relu(out + identity, inplace=True)
 
 
@@ -86,9 +110,9 @@ class PlainBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, config: Model) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, drop_path: float, config: Model) -> None:
         super().__init__()
-        del config
+        del drop_path, config  # the schema lets a plain network have none
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
@@ -104,7 +128,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, config: Model) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, drop_path: float, config: Model) -> None:
         super().__init__()
         first, second = (stride, 1) if config.stride == "v1" else (1, stride)
         self.conv1 = nn.Conv2d(inputs, width, 1, first, bias=False)
@@ -113,13 +137,14 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
+        self.drop_path = _drop_path(drop_path)
         self.downsample = _shortcut(config.shortcut, inputs, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         out = functional.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.bn3(self.conv3(out))
+        out = self.drop_path(self.bn3(self.conv3(out)))
         return functional.relu(out + identity, inplace=True)
 
 
@@ -127,9 +152,19 @@ Block = type[PlainBlock] | type[BasicBlock] | type[Bottleneck]
 BLOCKS: dict[str, Block] = {"plain": PlainBlock, "basic": BasicBlock, "bottleneck": Bottleneck}
 
 
-def _stage(block: Block, inputs: int, width: int, count: int, stride: int, config: Model) -> nn.Sequential:
-    rest = [block(width * block.expansion, width, 1, config) for _ in range(count - 1)]
-    return nn.Sequential(block(inputs, width, stride, config), *rest)
+def _stages(block: Block, blocks: Sequence[int], width: int, config: Model) -> Iterator[nn.Sequential]:
+    """Stages of so many `blocks`, after a stem of `width` channels: each twice as wide and half as high as the one
+    before. `drop_path` grows linearly from 0 in the first block to its full rate in the last, as in timm."""
+    last = sum(blocks) - 1
+    rates = [config.drop_path * index / last for index in range(last + 1)]
+    inputs, stride = width, 1
+    for count in blocks:
+        modules = []
+        for _ in range(count):
+            modules.append(block(inputs, width, stride, rates.pop(0), config))
+            inputs, stride = width * block.expansion, 1
+        yield nn.Sequential(*modules)
+        width, stride = 2 * width, 2
 
 
 class ResNet(nn.Module):
@@ -137,15 +172,11 @@ class ResNet(nn.Module):
 
     def __init__(self, block: Block, blocks: tuple[int, ...], num_classes: int, config: Model) -> None:
         super().__init__()
-        grow = block.expansion
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.layer1 = _stage(block, 64, 64, blocks[0], 1, config)
-        self.layer2 = _stage(block, 64 * grow, 128, blocks[1], 2, config)
-        self.layer3 = _stage(block, 128 * grow, 256, blocks[2], 2, config)
-        self.layer4 = _stage(block, 256 * grow, 512, blocks[3], 2, config)
-        self.fc = nn.Linear(512 * grow, num_classes)
+        self.layer1, self.layer2, self.layer3, self.layer4 = _stages(block, blocks, 64, config)
+        self.fc = nn.Linear(512 * block.expansion, num_classes)
         _initialise(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,9 +192,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(block, 16, 16, n, 1, config)
-        self.layer2 = _stage(block, 16, 32, n, 2, config)
-        self.layer3 = _stage(block, 32, 64, n, 2, config)
+        self.layer1, self.layer2, self.layer3 = _stages(block, (n, n, n), 16, config)
         self.fc = nn.Linear(64, num_classes)
         _initialise(self, config)
 
