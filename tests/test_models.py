@@ -5,15 +5,11 @@ import math
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-from configs import Duration, LonghaulError, load_recipe
+from configs import LonghaulError
 from configs.schema import Model
 from trainer.models import MODELS, build_model
-from trainer.progress import is_due
-from trainer.schedules import total_steps
 
 # --- shapes ------------------------------------------------------------------------------------------------------
 
@@ -230,45 +226,3 @@ def test_zero_init_gamma_makes_every_block_its_shortcut(name: str, last: str) ->
     block = model.get_submodule("layer1.1")
     x = torch.rand(2, 16 if "cifar" in name else 64 if last == "bn2" else 256, 8, 8)
     assert torch.equal(block(x), x)
-
-
-# --- what is due when --------------------------------------------------------------------------------------------
-
-
-def dues(every: str, steps: int, batch: int, samples: int) -> list[int]:
-    length = Duration.parse(every)
-    return [step for step in range(1, steps + 1) if is_due(length, step, batch, samples)]
-
-
-@given(st.integers(1, 400), st.integers(1, 300), st.integers(1, 64), st.integers(1, 2_000), st.data())
-@settings(max_examples=150)
-def test_every_multiple_of_a_period_is_due_once(
-    period: int, steps: int, batch: int, samples: int, data: st.DataObject
-) -> None:
-    unit = data.draw(st.sampled_from(["it", "samples", "ep"]))
-    of_samples = period * {"it": batch, "samples": 1, "ep": samples}[unit]
-    found = dues(f"{period}{unit}", steps, batch, samples)
-    # By integers: the steps in which one multiple at least, or more where a step is longer than the period, is reached.
-    expected = [s for s in range(1, steps + 1) if s * batch // of_samples > (s - 1) * batch // of_samples]
-    assert found == expected
-    if of_samples >= batch:
-        assert len(found) == steps * batch // of_samples
-
-
-@pytest.mark.parametrize("hundredths", [10, 29, 57, 110, 115, 220])
-@given(st.integers(1, 20), st.integers(1, 64), st.integers(1, 20))
-def test_hundredths_of_an_epoch_are_due_when_they_are_reached(
-    hundredths: int, steps: int, batch: int, times: int
-) -> None:
-    # 1.1 and its like have no exact binary form: 1.1 * 10 is more than 11, 0.29 * 100 less than 29.
-    period = hundredths * steps
-    found = dues(f"{hundredths / 100}ep", times * period, batch, 100 * steps * batch)
-    assert found == list(range(period, times * period + 1, period))
-
-
-def test_what_is_due_is_due_in_the_last_of_six_hundred_thousand_steps_too() -> None:
-    every = Duration.parse("5kit")
-    assert [s for s in (594_999, 595_000, 599_999, 600_000) if is_due(every, s, 256, 1_281_167)] == [595_000, 600_000]
-    epoch = Duration.parse("1ep")
-    around = [s for s in range(450_400, 450_420) if is_due(epoch, s, 256, 1_281_167)]
-    assert around == [total_steps(load_recipe("paper-resnet50", ["duration=90ep"]), 1_281_167)]
