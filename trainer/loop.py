@@ -129,7 +129,7 @@ class Loop:
             return None
         began = time.monotonic()
         self.engine.synchronise_buffers()
-        score = evaluate(self.engine, self.val_split, self.recipe, self.group, self.threads)
+        score = evaluate(self.engine.predict, self.val_split, self.recipe, self.group, self.threads)
         seconds = time.monotonic() - began
         self.window.paused_seconds += seconds
         self.telemetry.evaluation(self.step, round(self.order.epoch_of(self.step), 4), seconds, score.as_dict())
