@@ -7,15 +7,15 @@
   2014, section 3.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs import LonghaulError
-from configs.schema import Evaluate, Input
+from configs.schema import Evaluate, Input, PadCrop
 from data_pipeline.augment import central, resized
 
 ViewsName = Literal["central", "flip", "ten-crop", "multi-scale"]
@@ -23,56 +23,85 @@ VIEWS: tuple[str, ...] = get_args(ViewsName)
 
 Boxes = list[NDArray[np.int32]]
 
+_OF_TRAINING_ALONE = {
+    name: Input.model_fields[name].default
+    for name in (
+        "train_size", "flip", "pca_colour", "colour_jitter", "auto_augment", "erasing", "progressive", "damaged",
+    )
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Views:
-    """The views of each image.
+    """The views of each image. Equal ones give the same pixels, so that networks can share them.
 
     Attributes:
-        crops: for each size that the images are resized to, the number of crops that are views; 0: the whole image is
-            one. Empty where images are not resized: they are the only view.
-        boxes: (height, width) of n images, int32 [n, 2], to what the pipeline is told: for each place in `crops` the
-            size to resize to, and then the (y, x) of each crop; each int32 [n, 2].
-        mirrored: whether the mirror image of each view is a view too.
+        config: the recipe's, less what is of training alone.
+        name: one of VIEWS.
+        scales: the shorter sides of `multi-scale`.
     """
 
-    crops: tuple[int, ...]
-    boxes: Callable[[NDArray[np.int32]], Boxes]
-    mirrored: bool
+    config: Input
+    name: ViewsName
+    scales: tuple[int, ...] = ()
 
-    def batches(self, sizes: NDArray[np.int32], ids: NDArray[np.int64], largest: int) -> list[NDArray[np.int64]]:
-        """Sample ids in batches of at most `largest`; whole images only beside those of equal resized shapes."""
-        groups = [ids]
-        if 0 in self.crops:
-            shapes = np.concatenate(self.boxes(sizes[ids]), axis=1)
-            order = np.lexsort((ids, *shapes.T))
-            borders = np.flatnonzero((np.diff(shapes[order], axis=0) != 0).any(axis=1)) + 1
-            groups = np.split(ids[order], borders)
-        return [group[first : first + largest] for group in groups for first in range(0, len(group), largest)]
+    @property
+    def mirrored(self) -> bool:
+        """Whether the mirror image of each view is a view too."""
+        return self.name != "central"
+
+    @property
+    def crops(self) -> tuple[int, ...]:
+        """For each size that the images are resized to, the number of crops that are views; 0: the whole image is one.
+        Empty where images are not resized: they are the only view."""
+        if self.name == "multi-scale":
+            return (0,) * len(self.scales)
+        if self.name == "ten-crop":
+            return (5,)
+        return () if self.config.eval_resize is None else (1,)
+
+    def boxes(self, sizes: NDArray[np.int32]) -> Boxes:
+        """What the pipeline is told of images of these (height, width), int32 [n, 2]: for each place in `crops` the
+        size to resize to, and then the (y, x) of each crop; each int32 [n, 2]."""
+        if self.name == "multi-scale":
+            return [resized(scale, sizes) for scale in self.scales]
+        if self.name == "ten-crop":
+            return five_crops(self.config, sizes)
+        return [] if self.config.eval_resize is None else list(central(self.config, sizes))
+
+
+def batches_of(seen: Sequence[Views], sizes: NDArray[np.int32], largest: int) -> list[NDArray[np.int64]]:
+    """All samples (`sizes` has the height and width of each), as ids in batches of at most `largest` that can be seen
+    in each of these ways: whole images stand only beside those of equal resized shapes."""
+    ids = np.arange(len(sizes), dtype=np.int64)
+    whole = [box for views in seen if 0 in views.crops for box in views.boxes(sizes)]
+    groups = [ids]
+    if whole:
+        shapes = np.concatenate(whole, axis=1)
+        order = np.lexsort((ids, *shapes.T))
+        borders = np.flatnonzero((np.diff(shapes[order], axis=0) != 0).any(axis=1)) + 1
+        groups = np.split(ids[order], borders)
+    return [group[first : first + largest] for group in groups for first in range(0, len(group), largest)]
 
 
 def choose_views(name: str, config: Input, evaluate: Evaluate) -> Views:
     """The views of that name; raises LonghaulError where there is none, or images of the recipe do not have them."""
     if name not in VIEWS:
         raise LonghaulError(f"--views {name}: it is {', '.join(VIEWS[:-1])} or {VIEWS[-1]}.")
-    mirrored = name != "central"
-    if name in ("central", "flip"):
-        return central_view(config, mirrored)
-    if config.eval_resize is None:
+    if config.eval_resize is None and name not in ("central", "flip"):
         raise LonghaulError(
             f"--views {name} resizes images, and the recipe has input.eval_resize: null: give --views central or flip."
         )
-    if name == "ten-crop":
-        return Views((5,), lambda sizes: five_crops(config, sizes), mirrored)
-    scales = evaluate.scales
-    return Views((0,) * len(scales), lambda sizes: [resized(scale, sizes) for scale in scales], mirrored)
+    return Views(_as_evaluated(config), cast(ViewsName, name), evaluate.scales if name == "multi-scale" else ())
 
 
-def central_view(config: Input, mirrored: bool = False) -> Views:
+def central_view(config: Input) -> Views:
     """The central crop, or the image as it is where the recipe does not resize."""
-    if config.eval_resize is None:
-        return Views((), lambda _: [], mirrored)
-    return Views((1,), lambda sizes: list(central(config, sizes)), mirrored)
+    return Views(_as_evaluated(config), "central")
+
+
+def _as_evaluated(config: Input) -> Input:
+    return config.model_copy(update={**_OF_TRAINING_ALONE, "crop": PadCrop()})
 
 
 def five_crops(config: Input, sizes: NDArray[np.int32]) -> Boxes:

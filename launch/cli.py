@@ -144,10 +144,13 @@ def train(
 @app.command(
     "eval",
     epilog="Examples:  longhaul eval demo   |   longhaul eval demo --views flip   |   "
-    "longhaul eval runs/demo/checkpoints/step-00000676",
+    "longhaul eval runs/demo/checkpoints/step-00000676 --batch-norm 100   |   longhaul eval seed0 seed1 seed2",
 )
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run's name or directory, or a checkpoint's directory.")],
+    targets: Annotated[
+        list[str],
+        typer.Argument(metavar="TARGET...", help="A run's name or directory, or a checkpoint's; several: an ensemble."),
+    ],
     data: DataOption = None,
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "auto",
@@ -157,11 +160,29 @@ def evaluate(
     views: Annotated[
         str, typer.Option(help="How each image is seen: central, flip, ten-crop or multi-scale; scores are averaged.")
     ] = "central",
-) -> None:
-    """Score a checkpoint (of a run: its newest valid one) on every held-out image, each exactly once."""
-    from launch.commands import evaluate_checkpoint
+    weights: Annotated[
+        str | None,
+        typer.Option(help="plain, ema (their moving average), or auto: ema if the recipe keeps one.  [the recipe's]"),
+    ] = None,
+    batch_norm: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-norm", min=0,
+            help="Batch-norm statistics averaged over so many training micro-batches; 0: the moving average.  "
+            "[the recipe's]",
+        ),
+    ] = None,
+) -> None:  # fmt: skip
+    """Score a checkpoint (of a run: its newest valid one) on every held-out image, each exactly once.
 
-    evaluate_checkpoint(console, target, data, runs, device, threads, cache_dir, cache_bytes, views)
+    Of several, which may be different networks with different input sizes, each is scored, and then the ensemble: the
+    mean of their probabilities.
+    """
+    from launch.evaluate import evaluate_checkpoints
+
+    evaluate_checkpoints(
+        console, targets, data, runs, device, threads, views, weights, batch_norm, cache_dir, cache_bytes
+    )
 
 
 @app.command(epilog="Example:  longhaul verify demo")

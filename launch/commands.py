@@ -1,6 +1,5 @@
 """What the commands of `longhaul` do."""
 
-import json
 import os
 import shlex
 import signal
@@ -53,7 +52,7 @@ def train_run(
     run.path.mkdir(parents=True, exist_ok=True)
 
     job = Job(
-        recipe, location, run, device, threads, allow_changes=allow_changes, **_cache(cache_dir, cache_bytes)
+        recipe, location, run, device, threads, allow_changes=allow_changes, **cache_options(cache_dir, cache_bytes)
     )  # fmt: skip
     if local or "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
         _train_here(console, job, workers)
@@ -61,7 +60,8 @@ def train_run(
         _train_on_ray(console, job, workers, max_failures)
 
 
-def _cache(directory: Path | None, limit: str | None) -> dict[str, Any]:
+def cache_options(directory: Path | None, limit: str | None) -> dict[str, Any]:
+    """--cache-dir and --cache-bytes as the keyword arguments that stand for them everywhere."""
     return {
         "cache_directory": directory and directory.absolute(),
         "cache_bytes": None if limit is None else parse_bytes(limit),
@@ -198,36 +198,6 @@ def find_run(name: str, runs: Path) -> RunDirectory:
     direct = Path(name)
     path = direct if (direct / "recipe.yaml").is_file() else runs / name
     return RunDirectory(path.absolute()).require()
-
-
-def evaluate_checkpoint(
-    console: Console,
-    target: str,
-    data: str | None,
-    runs: Path,
-    device: str,
-    threads: int,
-    cache_dir: Path | None,
-    cache_bytes: str | None,
-    views: str,
-) -> None:
-    """`longhaul eval`."""
-    from trainer.score import score_checkpoint
-
-    checkpoint, location, cache = Path(target), data and parse_location(data), _cache(cache_dir, cache_bytes)
-    if (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == "checkpoints":
-        run = RunDirectory(checkpoint.absolute().parent.parent).require()
-        score, saved = score_checkpoint(run, checkpoint.absolute(), location, device, threads, views, **cache)
-    else:
-        run = find_run(target, runs)
-        score, saved = score_checkpoint(run, None, location, device, threads, views, **cache)
-    figures = score.as_dict()
-    console.print(
-        f"{shown_path(saved.path)}: top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, "
-        f"loss {figures['loss']:.4f}, {score.num_images:,} images",
-        highlight=False,
-    )
-    console.print_json(json.dumps(figures))
 
 
 def verify_run(console: Console, name: str, data: str | None, runs: Path) -> None:

@@ -36,7 +36,7 @@ from tests.workers import different, final_state, make_job, refusal, start, trai
 from trainer.fetching import is_sorted, require_room, warn_of_sorted_shards
 from trainer.job import Job
 from trainer.rundir import RunDirectory
-from trainer.score import score_checkpoint
+from trainer.score import How, Target, score_checkpoints
 from trainer.telemetry import Telemetry
 from trainer.verify import verify
 
@@ -478,7 +478,8 @@ def test_a_run_from_a_url_is_the_run_from_the_directory(
     assert data_bytes < sum(step["shard_fetched_bytes"] for step in steps) < 5 * data_bytes, "3.6 epochs"
     gets = proxy.shard_gets()
     assert max(count for name, count in gets.items() if name.startswith("train-")) <= 5, "no more than once an epoch"
-    score, _ = score_checkpoint(job.run, None, None, "cpu", 1, cache_directory=tmp_path / "cache", cache_bytes=limit)
+    how = How("cpu", 1, cache_directory=tmp_path / "cache", cache_bytes=limit)
+    _, score = score_checkpoints([Target(job.run)], how=how)
     assert score.num_images == 355
     assert not kinds(job.run, "warning")
 

@@ -22,11 +22,11 @@ from data_pipeline.ingest import prepare
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.sources import open_source
 from data_pipeline.split import Split
-from data_pipeline.views import VIEWS, choose_views, five_crops
+from data_pipeline.views import VIEWS, batches_of, choose_views, five_crops
 from launch.cli import app
 from tests.workers import final_state, make_job, scores, train
 from trainer.models import build_model
-from trainer.score import score_checkpoint
+from trainer.score import How, Target, score_checkpoints
 
 CPU = torch.device("cpu")
 SCALES = (32, 40, 56)
@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(split: Split, name: str, batch: int = 4) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(sample id, its views, uint8 [3, height, width], mirror images left out)."""
     views = choose_views(name, CONFIG, EVALUATE)
-    batches = views.batches(split.sizes, np.arange(len(split)), batch)
+    batches = batches_of([views], split.sizes, batch)
     for found in evaluation_batches(split, CONFIG, batches, CPU, 1, views):
         for row, sample in enumerate(found.records[:, 0].tolist()):
             yield sample, [(view[row] * 255).round().byte().numpy() for view in (found.images, *found.others)]
@@ -112,7 +112,7 @@ def test_batches_hold_every_image_once_and_only_equal_shapes(pairs: list[tuple[i
     sizes, ids = np.array(pairs, np.int32), np.arange(len(pairs))
     for name in VIEWS:
         views = choose_views(name, CONFIG, EVALUATE)
-        batches = views.batches(sizes, ids, largest)
+        batches = batches_of([views], sizes, largest)
         assert np.array_equal(np.sort(np.concatenate(batches)), ids)
         assert max(map(len, batches)) <= largest
         if name != "multi-scale":
@@ -170,7 +170,7 @@ def reference(run, split: Split, name: str) -> tuple[int, float]:  # type: ignor
 @pytest.mark.parametrize("name", VIEWS)
 def test_the_score_is_that_of_the_averaged_probabilities(run, data: Path, name: str) -> None:  # type: ignore[no-untyped-def]
     split = Split(data, "val")
-    score, _ = score_checkpoint(run, None, None, "cpu", 1, name)
+    _, score = score_checkpoints([Target(run)], how=How("cpu", 1, name))
     correct, loss = reference(run, split, name)
     assert (score.num_images, score.num_top1) == (len(split), correct)
     assert score.loss_sum == pytest.approx(loss, rel=1e-4)
@@ -178,7 +178,7 @@ def test_the_score_is_that_of_the_averaged_probabilities(run, data: Path, name: 
 
 @pytest.mark.parametrize(("name", "world_size"), [("flip", 2), ("ten-crop", 3), ("multi-scale", 3)])
 def test_counts_are_the_same_on_any_number_of_workers(run, name: str, world_size: int) -> None:  # type: ignore[no-untyped-def]
-    alone, _ = score_checkpoint(run, None, None, "cpu", 1, name)
+    _, alone = score_checkpoints([Target(run)], how=How("cpu", 1, name))
     found = scores(run, name, world_size)
     assert len(found) == world_size and len(set(found)) == 1
     assert found[0][:3] == (alone.num_images, alone.num_top1, alone.num_top5)

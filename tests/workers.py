@@ -83,10 +83,16 @@ def refusal(job: Job, world_size: int = 1, environment: dict[str, str] | None = 
 
 def scores(run: RunDirectory, views: str, world_size: int) -> list[tuple[int, int, int, float]]:
     """What each of `world_size` workers finds as the score of a run: images, top-1, top-5 and the summed loss."""
+    return in_processes(world_size, _score, run, views)
+
+
+def in_processes(world_size: int, act: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `act(*arguments)` returns in each of `world_size` workers that a torchrun might have started."""
     found = _CONTEXT.Queue()
     port = free_port()
     processes = [
-        _CONTEXT.Process(target=_score, args=(run, views, rank, world_size, port, found)) for rank in range(world_size)
+        _CONTEXT.Process(target=_as_worker, args=(rank, world_size, port, found, act, arguments))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()
@@ -154,12 +160,18 @@ def _main(
         messages.put(str(error))
 
 
-def _score(run: RunDirectory, views: str, rank: int, world_size: int, port: int, found: Any) -> None:
-    from trainer.score import score_checkpoint
-
+def _as_worker(
+    rank: int, world_size: int, port: int, found: Any, act: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     os.environ.update(
         GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    score, _ = score_checkpoint(run, None, None, "cpu", 1, views)
-    found.put((score.num_images, score.num_top1, score.num_top5, score.loss_sum))
+    found.put(act(*arguments))
+
+
+def _score(run: RunDirectory, views: str) -> tuple[int, int, int, float]:
+    from trainer.score import How, Target, score_checkpoints
+
+    _, score = score_checkpoints([Target(run)], how=How("cpu", 1, views))
+    return score.num_images, score.num_top1, score.num_top5, score.loss_sum

@@ -179,13 +179,7 @@ class Loop:
         with self.engine.evaluating(uses_ema(recipe, recipe.evaluate.weights)) as network, ExitStack() as restored:
             if recipe.evaluate.exact_batch_norm:
                 exact = exact_statistics(
-                    network,
-                    recipe,
-                    self.train_split,
-                    self.order,
-                    self.group,
-                    self.threads,
-                    recipe.evaluate.exact_batch_norm,
+                    network, recipe, self.train_split, self.group, self.threads, recipe.evaluate.exact_batch_norm
                 )
                 restored.enter_context(replaced_statistics(network, exact))
             return evaluate(Predictor(network, recipe, device), split, recipe, self.group, self.threads)
