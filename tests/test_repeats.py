@@ -164,7 +164,5 @@ def test_a_run_with_repeats_is_verified_and_goes_on_after_a_stop_as_if_there_had
     assert all(finding.holds for finding in findings)
     left = 30 * 192 - 3 * len(Split(digits, "train"))
     parts = [-(-left // 3), -(-(left - 1) // 3), left // 3]
-    assert [f.figures for f in findings[1:3]] == [
-        "3 epochs of 1,437 samples",
-        f"{' and '.join(map(str, parts))} of 1,437",
-    ]
+    under_way = " and ".join(map(str, parts))
+    assert [f.figures for f in findings[1:3]] == ["3 epochs of 1,442 samples", f"{under_way} of 1,442"]
