@@ -5,11 +5,13 @@ This room knows nothing of data, models or clusters; every other room may import
 
 from configs.duration import Duration
 from configs.errors import LonghaulError
+from configs.header import Header, read_header
 from configs.load import apply_overrides, dump, find_recipe, list_recipes, load_recipe, parse_recipe
 from configs.schema import Recipe
 
 __all__ = [
     "Duration",
+    "Header",
     "LonghaulError",
     "Recipe",
     "apply_overrides",
@@ -18,4 +20,5 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "parse_recipe",
+    "read_header",
 ]

@@ -33,7 +33,23 @@ class RandAugment(Section):
     interpolation: Literal["nearest", "bilinear"] = "nearest"
 
 
-AutoAugment = Annotated[TrivialAugment | RandAugment, Field(discriminator="kind")]
+class TimmRandAugment(Section):
+    """RandAugment as timm has it, with operations that grow stronger with the magnitude: its `rand-m7-mstd0.5-inc1` is
+    magnitude 7, magnitude_std 0.5.
+
+    `num_ops` times an operation is drawn and applied with `probability`, at a magnitude of 0 to 10 to which Gaussian
+    noise is added. The space is not that of RandAugment: it has Invert and SolarizeAdd, and other ranges.
+    """
+
+    kind: Literal["timm_rand_augment"] = "timm_rand_augment"
+    num_ops: int = Field(default=2, ge=1, le=16)
+    magnitude: float = Field(default=10.0, ge=0.0, le=10.0)
+    magnitude_std: NonNegativeFloat = 0.0
+    probability: float = Field(default=0.5, ge=0.0, le=1.0)
+    interpolation: Literal["nearest", "bilinear"] = "bilinear"
+
+
+AutoAugment = Annotated[TrivialAugment | RandAugment | TimmRandAugment, Field(discriminator="kind")]
 
 
 class Erasing(Section):
@@ -48,8 +64,8 @@ class Erasing(Section):
 
 class Progressive(Section):
     """Progressive resizing: training images grow from `start_size` at `start` to `end_size` at `end`, linearly, in
-    multiples of `multiple` (FFCV's schedule, by step). Without `end_size` they grow to `input.size`, the size of
-    evaluation."""
+    multiples of `multiple` (FFCV's schedule, by step). Without `end_size` they grow to `input.train_size`, and
+    without that to `input.size`, the size of evaluation."""
 
     start_size: PositiveInt
     end_size: PositiveInt | None = None

@@ -24,13 +24,12 @@ def find_recipe(name: str) -> Path:
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name)
         if not path.is_file():
-            raise LonghaulError(f"There is no recipe file {path}; `longhaul train --help` lists the built-in ones.")
+            raise LonghaulError(f"There is no recipe file {path}; `longhaul recipes` lists the built-in ones.")
         return path
     path = RECIPE_DIRECTORY / f"{name}.yaml"
     if not path.is_file():
         raise LonghaulError(
-            f"There is no recipe '{name}'{_nearest(name, list_recipes())}; "
-            f"built-in recipes: {', '.join(list_recipes())}."
+            f"There is no recipe '{name}'{_nearest(name, list_recipes())}; `longhaul recipes` lists all."
         )
     return path
 
@@ -41,8 +40,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     Raises LonghaulError for a missing file, bad YAML, an unknown key or a bad value.
     """
     path = find_recipe(name)
-    values = _read(path, seen=())
-    return parse_recipe(apply_overrides(values, overrides), str(path))
+    return parse_recipe(apply_overrides(resolve(path), overrides), str(path))
 
 
 def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
@@ -79,10 +77,28 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     return result
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    place = path.resolve()  # one file has many spellings: `a`, `../here/a`
-    if place in seen:
-        raise LonghaulError(f"{path} extends itself through {' -> '.join(p.name for p in seen)}.")
+def lineage(path: Path) -> list[Path]:
+    """A recipe file and those that it extends, the furthest first; raises LonghaulError as `load_recipe` does."""
+    files = [path]
+    while (base := _read_file(files[0]).get("extends")) is not None:
+        parent = _parent(files[0], base)
+        if parent.resolve() in [file.resolve() for file in files]:  # one file has many spellings: `a`, `../here/a`
+            raise LonghaulError(f"{files[0]} extends itself through {' -> '.join(file.name for file in files)}.")
+        files.insert(0, parent)
+    return files
+
+
+def resolve(path: Path) -> dict[str, Any]:
+    """The plain values of a recipe file, those of what it extends underneath, without defaults."""
+    values: dict[str, Any] = {}
+    for file in lineage(path):
+        own = _read_file(file)
+        own.pop("extends", None)
+        values = _merge(values, own)
+    return values
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
@@ -91,10 +107,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise LonghaulError(f"The recipe file {path} cannot be read: {error.strerror}.") from None
     if not isinstance(values, dict):
         raise LonghaulError(f"{path} must hold keys and values, not a {type(values).__name__}.")
-    base = values.pop("extends", None)
-    if base is None:
-        return values
-    return _merge(_read(_parent(path, base), (*seen, place)), values)
+    return values
 
 
 def _parent(path: Path, base: Any) -> Path:

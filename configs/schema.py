@@ -18,7 +18,7 @@ from pydantic import (
 from configs.augmentation import AutoAugment, ColourJitter, Erasing, Mixing, Progressive
 from configs.duration import Duration
 from configs.optimisation import CrossEntropy, Ema, Gradients, Loss, LossScale, Optimizer, Schedule, Sgd
-from configs.section import Bounds, PositiveDuration, Section, ascending
+from configs.section import Bounds, PositiveDuration, Section, ascending, default_kind
 
 
 class Model(Section):
@@ -84,7 +84,12 @@ class Batch(Section):
 
 
 class GlobalShuffle(Section):
-    """Every epoch is one random permutation of all samples."""
+    """Every epoch is one random permutation of all samples.
+
+    With `repeats` R, repeated augmentation: R epochs run together, each sample coming R times in a row, augmented anew,
+    in different micro-batches of a step as far as there are R (torchvision's RASampler). An epoch is as long as ever:
+    so many images as the training split has, of which a R-th are different ones.
+    """
 
     kind: Literal["global"] = "global"
     repeats: PositiveInt = 1
@@ -92,14 +97,15 @@ class GlobalShuffle(Section):
 
 class WindowedShuffle(Section):
     """Every epoch permutes the shards, and shuffles the samples of at most `shards` of them at a time: for data on
-    remote storage, of which a machine then needs two windows at a time. See docs/data-remote.md on how random it is."""
+    remote storage, of which a machine then needs two windows at a time. See docs/data-remote.md on how random it is.
+    `repeats` is that of a global shuffle."""
 
     kind: Literal["windowed"] = "windowed"
     shards: PositiveInt = 64
     repeats: PositiveInt = 1
 
 
-Shuffle = Annotated[GlobalShuffle | WindowedShuffle, Field(discriminator="kind")]
+Shuffle = Annotated[GlobalShuffle | WindowedShuffle, Field(discriminator="kind"), default_kind("global")]
 
 
 class ResizedCrop(Section):
@@ -135,6 +141,9 @@ class Input(Section):
     `size` crop of the image whose shorter side was resized to `eval_resize`; null means that images already have the
     right size.
 
+    Training images have `train_size`, where it is given, instead of `size` (Touvron et al. 2019, arXiv 1906.06423);
+    with `progressive` it is the size to end with.
+
     `damaged` says what to do with a training image whose bytes are no longer those that were ingested: "fail", or
     "substitute" another, which is recorded. A score is never taken of a substitute.
     """
@@ -153,16 +162,31 @@ class Input(Section):
     eval_resize: PositiveInt | None = None
     damaged: Literal["fail", "substitute"] = "fail"
 
+    @property
+    def training_size(self) -> int:
+        """The side of training images, in pixels; under `progressive` the last one, unless it has an end of its own."""
+        return self.train_size or self.size
+
+    @model_validator(mode="after")
+    def _sizes_need_a_resized_crop(self) -> "Input":
+        for key in ("train_size", "progressive"):
+            if getattr(self, key) is not None and isinstance(self.crop, PadCrop):
+                raise ValueError(
+                    f"input.{key} needs a crop that is resized, and input.crop is a pad_crop: use a resized_crop, or "
+                    f"leave input.{key} out"
+                )
+        return self
+
     @model_validator(mode="after")
     def _progressive_sizes_grow(self) -> "Input":
         if self.progressive is None:
             return self
-        if isinstance(self.crop, PadCrop):
+        if self.train_size is not None and self.progressive.end_size is not None:
             raise ValueError(
-                "input.progressive needs a crop that is resized, and input.crop is a pad_crop: use a resized_crop, or "
-                "leave input.progressive out"
+                f"input.train_size={self.train_size} and input.progressive.end_size={self.progressive.end_size} both "
+                "say with what size training ends: give one of them"
             )
-        first, last = self.progressive.start_size, self.progressive.end_size or self.size
+        first, last = self.progressive.start_size, self.progressive.end_size or self.training_size
         if first > last:
             raise ValueError(
                 f"input.progressive.start_size={first} is larger than the size to end with, {last}: images only grow"

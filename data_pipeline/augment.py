@@ -65,7 +65,7 @@ def augment(
     if isinstance(config.crop, ResizedCrop):
         boxes = _resized_crop(config.crop, seed, unsigned_epochs, unsigned_ids, sizes)
     elif isinstance(config.crop, ScaleCrop):
-        boxes = _scale_crop(config.crop, config.size, draw(_CROP), sizes)
+        boxes = _scale_crop(config.crop, config.training_size, draw(_CROP), sizes)
     else:
         boxes = _pad_crop(config.crop, config.size, draw(_CROP), sizes)
     flips = (draw(_FLIP)[:, 0] < 0.5).astype(np.int32) if config.flip else np.zeros(len(ids), np.int32)

@@ -1,7 +1,8 @@
 """Which distortions a sample gets: pure functions of (seed, epoch, sample id), as `augment` has them for crops.
 
 Two families: colour jitter and the automatic augmentations (TrivialAugment, RandAugment). Definitions and ranges are
-those of torchvision 0.28 (`transforms.v2.ColorJitter`, `transforms/autoaugment.py`). `photometric` executes them.
+those of torchvision 0.28 (`transforms.v2.ColorJitter`, `transforms/autoaugment.py`), but for `timm_rand_augment`, whose
+are timm 1.0's (`data/auto_augment.py`). `photometric` executes them.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.augmentation import ColourJitter, RandAugment, TrivialAugment
+from configs.augmentation import ColourJitter, RandAugment, TimmRandAugment, TrivialAugment
 from configs.schema import Input
 from data_pipeline.philox import uniforms
 
@@ -31,12 +32,21 @@ OPERATIONS = (
 _SIGNED = np.array([1 <= place <= 9 for place in range(len(OPERATIONS))])
 BINS = 31
 
+# timm's space of operations "increasing" in strength, by the same names; the last two are not torchvision's.
+NAMES = (*OPERATIONS, "Invert", "SolarizeAdd")
+TIMM_OPERATIONS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
+    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+)  # fmt: skip
+_TIMM_PLACES = np.array([NAMES.index(name) for name in TIMM_OPERATIONS], np.int32)
+TIMM_LEVELS = 10.0
+
 # How `photometric` executes them: the five geometric operations are one warp, which differs in its matrix.
 EXECUTIONS = (
     "identity", "warp", "brightness", "saturation", "contrast", "sharpness", "posterize", "solarize",
-    "auto_contrast", "equalize",
+    "auto_contrast", "equalize", "invert", "solarize_add",
 )  # fmt: skip
-_EXECUTION = np.array([0, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9], np.int32)
+_EXECUTION = np.array([0, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], np.int32)
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,8 @@ class Operation:
     """One operation of an automatic augmentation, for each of n samples.
 
     Attributes:
-        names: int32 [n], places in `OPERATIONS`.
-        magnitudes: float32 [n], signed, in torchvision's units (pixels, degrees, ...).
+        names: int32 [n], places in `NAMES`.
+        magnitudes: float32 [n], signed, in torchvision's units (pixels, degrees, ...); of SolarizeAdd in levels.
     """
 
     names: NDArray[np.int32]
@@ -96,7 +106,7 @@ def num_operations(config: Input) -> int:
     """How many operations of automatic augmentation a sample gets."""
     if config.auto_augment is None:
         return 0
-    return config.auto_augment.num_ops if isinstance(config.auto_augment, RandAugment) else 1
+    return 1 if isinstance(config.auto_augment, TrivialAugment) else config.auto_augment.num_ops
 
 
 def draw_jitter(config: ColourJitter, draw: Draw) -> Jitter:
@@ -134,6 +144,9 @@ def draw_operations(config: Input, draw: Draw, size: int) -> list[Operation]:
     policy = config.auto_augment
     for number in range(num_operations(config)):
         u = draw(_AUTO_AUGMENT + number)
+        if isinstance(policy, TimmRandAugment):
+            operations.append(_timm_operation(policy, u, size))
+            continue
         names = np.floor(u[:, 0] * len(OPERATIONS)).astype(np.int32)
         if isinstance(policy, RandAugment):
             bins = np.full(len(u), policy.magnitude)
@@ -143,6 +156,32 @@ def draw_operations(config: Input, draw: Draw, size: int) -> list[Operation]:
         signs = np.where(_SIGNED[names] & (u[:, 2] < 0.5), -1, 1)
         operations.append(Operation(names, (signs * table[names, bins]).astype(np.float32)))
     return operations
+
+
+def _timm_operation(policy: TimmRandAugment, u: NDArray[np.float64], size: int) -> Operation:
+    """One layer of timm's RandAugment, from four uniforms [n, 4]: which operation, and whether it is applied; its sign;
+    and Gaussian noise of the level (Box-Muller), which stays in 0 to 10."""
+    applied = u[:, 0] < policy.probability
+    chosen = np.floor(u[:, 0] / (policy.probability or 1.0) * len(_TIMM_PLACES)).astype(np.int64)
+    names = np.where(applied, _TIMM_PLACES[np.minimum(chosen, len(_TIMM_PLACES) - 1)], 0).astype(np.int32)
+    noise = np.sqrt(-2 * np.log1p(-u[:, 2])) * np.cos(2 * np.pi * u[:, 3])
+    levels = np.clip(policy.magnitude + policy.magnitude_std * noise, 0.0, TIMM_LEVELS)
+    signs = np.where(_SIGNED[np.minimum(names, len(OPERATIONS) - 1)] & (u[:, 1] < 0.5), -1, 1)
+    strengths = timm_magnitudes(levels, size)[np.arange(len(names)), names]
+    return Operation(names, (signs * strengths).astype(np.float32))
+
+
+def timm_magnitudes(levels: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """timm's `LEVEL_TO_ARG` for the increasing space: float64 [n, names] for levels of 0 to 10, without signs, for
+    images of `size` x `size`; of the enhancements what is added to a factor of 1."""
+    ramp = levels / TIMM_LEVELS
+    none = np.zeros_like(ramp)
+    pixels = 0.45 * size * ramp
+    bits, threshold = 4 - np.floor(4 * ramp), 256 - np.floor(256 * ramp)
+    return np.stack(
+        [none, *[0.3 * ramp] * 2, *[pixels] * 2, 30.0 * ramp, *[0.9 * ramp] * 4, bits, threshold, none, none, none,
+         np.floor(110 * ramp)], axis=1
+    )  # fmt: skip
 
 
 def magnitudes(wide: bool, size: int) -> NDArray[np.float64]:
@@ -171,7 +210,9 @@ def execution(operation: Operation, size: int) -> tuple[NDArray[np.int32], NDArr
     parameters[posterize] = 256 - 2 ** (8 - given[posterize])  # the mask of the bits that stay
     solarize = names == OPERATIONS.index("Solarize")
     parameters[solarize] = np.ceil(given[solarize])  # pixels are integers: the same ones are inverted
-    return _EXECUTION[names], parameters, matrices(operation, size)
+    # A threshold above the largest level inverts nothing, and is none that a pixel can be compared with.
+    executions = np.where(solarize & (parameters > 255), 0, _EXECUTION[names]).astype(np.int32)
+    return executions, parameters, matrices(operation, size)
 
 
 def matrices(operation: Operation, size: int) -> NDArray[np.float32]:

@@ -4,6 +4,12 @@ Training reads one endless stream of samples: epoch 0 in its shuffled order, the
 takes positions [s * size, (s + 1) * size), micro-batch m of it the m-th equal part. Batches run over the border of two
 epochs, so every epoch uses every sample exactly once although `size` need not divide their number.
 
+With repeated augmentation (Hoffer et al. 2020, arXiv 1901.09335; Berman et al. 2019, arXiv 1902.05509; torchvision's
+RASampler) R epochs, a round, are under way together: they share one shuffled order, and each sample of it stands R
+times in a row in the stream, once for each epoch of the round. So copies differ in their augmentation, which is a
+function of the epoch, and every epoch still uses every sample exactly once. The copies in a step go to different
+micro-batches, as torchvision's go to different GPUs, so that batch norm does not see a sample twice.
+
 Two orders: `Order` shuffles a whole epoch at once; `WindowedOrder` keeps to a few shards at a time, for data that has
 to be fetched shard by shard.
 """
@@ -33,42 +39,66 @@ class Order:
         num_samples: size of the training split.
         batch_size: samples a step.
         micro_size: samples a micro-batch; divides `batch_size`.
+        repeats: R, the epochs of a round; round k has the epochs k R to k R + R - 1.
     """
 
     seed: int
     num_samples: int
     batch_size: int
     micro_size: int
+    repeats: int = field(default=1, kw_only=True)
 
     def micro_batch(self, step: int, micro: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The samples of one micro-batch: (epochs, sample ids), each int64 of shape [micro_size]."""
-        first = step * self.batch_size + micro * self.micro_size
-        positions = np.arange(first, first + self.micro_size, dtype=np.int64)
-        return self.at(positions)
+        """The samples of one micro-batch: (epochs, sample ids), each int64 of shape [micro_size].
+
+        Without repeats it is a run of consecutive positions; with them every M-th, M being the number of micro-batches
+        in a step, so that neighbours in the stream are apart.
+        """
+        if self.repeats == 1:
+            first, stride = step * self.batch_size + micro * self.micro_size, 1
+        else:
+            first, stride = step * self.batch_size + micro, self.batch_size // self.micro_size
+        return self.at(first + stride * np.arange(self.micro_size, dtype=np.int64))
 
     def at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(epochs, sample ids) at positions of the endless stream, any shape."""
-        epochs = positions // self.num_samples
-        within = positions % self.num_samples
+        places, repeats = positions // self.repeats, positions % self.repeats
+        rounds, within = places // self.num_samples, places % self.num_samples
         ids = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            ids[here] = self._shuffle(int(epoch), within[here])
-        return epochs, ids
+        for number in np.unique(rounds):
+            here = rounds == number
+            ids[here] = self._shuffle(int(number), within[here])
+        return rounds * self.repeats + repeats, ids
 
     def epoch_of(self, step: int) -> float:
-        """How many epochs have been consumed before `step`."""
+        """How many epochs have been consumed before `step`: samples used, in units of the training split."""
         return step * self.batch_size / self.num_samples
 
-    def _shuffle(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples at some places, int64 [n], of an epoch."""
-        return permute(self.seed, epoch, places, self.num_samples)
+    def epochs_touched(self, steps: int) -> int:
+        """The number of epochs of which at least one sample has been used after `steps` steps: those before it."""
+        rounds, rest = divmod(steps * self.batch_size, self.num_samples * self.repeats)
+        return rounds * self.repeats + min(rest, self.repeats)
+
+    def used(self, epoch: int, steps: int) -> int:
+        """How many samples of an epoch have been used after `steps` steps: its first ones."""
+        number, repeat = divmod(epoch, self.repeats)
+        positions = steps * self.batch_size - number * self.num_samples * self.repeats
+        return min(max(-(-(positions - repeat) // self.repeats), 0), self.num_samples)
+
+    def first_of(self, epoch: int, count: int) -> NDArray[np.int64]:
+        """The sample ids that an epoch uses first, int64 [count], in its order."""
+        return self._shuffle(epoch // self.repeats, np.arange(count, dtype=np.int64))
+
+    def _shuffle(self, number: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples at some places, int64 [n], of a round (without repeats, an epoch)."""
+        return permute(self.seed, number, places, self.num_samples)
 
 
 @dataclass(frozen=True)
 class WindowedOrder(Order):
-    """An order that reads a few shards at a time: each epoch permutes the shards, consecutive groups of at most
-    `shards_per_window` of them, as equal as can be, form windows, and inside a window all samples are permuted.
+    """An order that reads a few shards at a time: each epoch (with repeats, each round) permutes the shards,
+    consecutive groups of at most `shards_per_window` of them, as equal as can be, form windows, and inside a window all
+    samples are permuted.
 
     How random that is, and which window to choose, stands in docs/data-remote.md. A table of the shards is made for
     each epoch; nothing grows with the number of samples.
@@ -80,7 +110,7 @@ class WindowedOrder(Order):
 
     shard_rows: tuple[int, ...]
     shards_per_window: int
-    _table: "Callable[[int], _Epoch]" = field(init=False, repr=False, compare=False)
+    _table: "Callable[[int], _Round]" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if sum(self.shard_rows) != self.num_samples:
@@ -89,43 +119,44 @@ class WindowedOrder(Order):
 
     def windows(self, first_step: int, last_step: int) -> Iterator[tuple[int, ...]]:
         """The shards of each window that steps [first_step, last_step) read, in the order of reading."""
-        position, end = first_step * self.batch_size, last_step * self.batch_size
-        while position < end:
-            epoch, within = divmod(position, self.num_samples)
-            table = self._table(epoch)
+        place = first_step * self.batch_size // self.repeats
+        end = -(-last_step * self.batch_size // self.repeats) if last_step > first_step else place
+        while place < end:
+            number, within = divmod(place, self.num_samples)
+            table = self._table(number)
             window = int(np.searchsorted(table.window_ends, within, side="right"))
             yield tuple(table.shards[table.edges[window] : table.edges[window + 1]].tolist())
-            position = epoch * self.num_samples + int(table.window_ends[window])
+            place = number * self.num_samples + int(table.window_ends[window])
 
-    def _make_table(self, epoch: int) -> "_Epoch":
+    def _make_table(self, number: int) -> "_Round":
         rows = np.array(self.shard_rows, dtype=np.int64)
-        shards = permute(self.seed, epoch, np.arange(len(rows)), len(rows), _SHARDS)
+        shards = permute(self.seed, number, np.arange(len(rows)), len(rows), _SHARDS)
         ends = np.cumsum(rows[shards])
         num_windows = -(-len(rows) // self.shards_per_window)
         edges = np.arange(num_windows + 1) * len(rows) // num_windows
-        return _Epoch(shards, ends, np.cumsum(rows)[shards] - ends, edges, ends[edges[1:] - 1])
+        return _Round(shards, ends, np.cumsum(rows)[shards] - ends, edges, ends[edges[1:] - 1])
 
-    def _shuffle(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        table = self._table(epoch)
+    def _shuffle(self, number: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        table = self._table(number)
         window_of = np.searchsorted(table.window_ends, places, side="right")
         ids = np.empty_like(places)
         for window in np.unique(window_of).tolist():
             here = window_of == window
             first = int(table.window_ends[window - 1]) if window else 0
             size = int(table.window_ends[window]) - first
-            # Places in the epoch whose shards lie in their permuted order, unshuffled within.
-            lined_up = first + permute(self.seed, epoch, places[here] - first, size, _WINDOW, window)
+            # Places in the round whose shards lie in their permuted order, unshuffled within.
+            lined_up = first + permute(self.seed, number, places[here] - first, size, _WINDOW, window)
             shard = np.searchsorted(table.ends, lined_up, side="right")
             ids[here] = lined_up + table.shifts[shard]
         return ids
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    """An epoch's table, all int64.
+class _Round:
+    """The table of a round (without repeats, an epoch), all int64.
 
     Attributes:
-        shards: [num_shards], their numbers in the epoch's order.
+        shards: [num_shards], their numbers in the round's order.
         ends: [num_shards], the place after the last sample of each.
         shifts: [num_shards], what leads from a place in each, unshuffled, to its sample id.
         edges: [num_windows + 1], the index in `shards` at which each window begins, and the end.
@@ -141,10 +172,10 @@ class _Epoch:
 
 def build_order(recipe: Recipe, shard_rows: Sequence[int]) -> Order:
     """The order that a recipe asks for, of a training split whose shards have so many samples each."""
-    sizes = (recipe.seed, sum(shard_rows), recipe.batch.size, recipe.batch.micro)
+    sizes, repeats = (recipe.seed, sum(shard_rows), recipe.batch.size, recipe.batch.micro), recipe.order.repeats
     if isinstance(recipe.order, WindowedShuffle):
-        return WindowedOrder(*sizes, tuple(shard_rows), recipe.order.shards)
-    return Order(*sizes)
+        return WindowedOrder(*sizes, tuple(shard_rows), recipe.order.shards, repeats=repeats)
+    return Order(*sizes, repeats=repeats)
 
 
 def permute(

@@ -4,6 +4,7 @@ Images are uint8 [height, width, 3] (RGB) before and after every operation, as i
 operations these follow. torchvision cuts fractions off where DALI rounds, hence `_CUT`.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from nvidia.dali import fn
 from nvidia.dali.auto_aug.core import select
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
-from configs.augmentation import ColourJitter
+from configs.augmentation import ColourJitter, TimmRandAugment
 from configs.schema import Input
 from data_pipeline.distort import EXECUTIONS, JITTERS, num_operations
 from data_pipeline.hue import shift_hue
@@ -28,12 +29,23 @@ def distort(config: Input, images: Any, inputs: list[Any]) -> Any:
     if config.colour_jitter is not None:
         images = _jitter(config.colour_jitter, images, inputs)
     if config.auto_augment is not None:
-        warp = _WARPS[config.auto_augment.interpolation]
-        operations: Any = [warp if name == "warp" else _OPERATIONS[name] for name in EXECUTIONS]
+        operations = _automatic(config)
         for number in range(num_operations(config)):
             chosen, parameter, matrix = inputs[3 * number : 3 * number + 3]
             images = select(operations, chosen, images, parameter, matrix)
     return images
+
+
+def _automatic(config: Input) -> Any:
+    """The operations of the automatic augmentation, in the order of `EXECUTIONS`."""
+    policy = config.auto_augment
+    assert policy is not None
+    timm = isinstance(policy, TimmRandAugment)
+    # timm fills with the mean colour; DALI with one level for all channels: that of the mean's grey.
+    fill = round(255 * sum(config.mean) / 3) if timm else 0
+    warp = partial(_warp, interpolation=_INTERPOLATIONS[policy.interpolation], fill=fill)
+    names = EXECUTIONS if timm else EXECUTIONS[: EXECUTIONS.index("invert")]
+    return [warp if name == "warp" else _OPERATIONS[name] for name in names]
 
 
 def _jitter(config: ColourJitter, images: Any, inputs: list[Any]) -> Any:
@@ -121,12 +133,18 @@ def _equalize(images: Any, *_: Any) -> Any:
     return fn.equalize(images ^ white) ^ white
 
 
-def _warp_nearest(images: Any, _: Any, matrix: Any) -> Any:
-    return fn.warp_affine(images, matrix=matrix, interp_type=DALIInterpType.INTERP_NN, fill_value=0)
+def _invert(images: Any, *_: Any) -> Any:
+    return images ^ Constant(np.uint8(255))
 
 
-def _warp_bilinear(images: Any, _: Any, matrix: Any) -> Any:
-    return fn.warp_affine(images, matrix=matrix, interp_type=DALIInterpType.INTERP_LINEAR, fill_value=0)
+def _solarize_add(images: Any, levels: Any, *_: Any) -> Any:
+    """The darker half of the levels is raised, by at most 110: none passes 255."""
+    dark = images < Constant(np.uint8(128))
+    return images + dark * _like(fn.cast(levels, dtype=DALIDataType.UINT8), images)
+
+
+def _warp(images: Any, _: Any, matrix: Any, interpolation: DALIInterpType, fill: int) -> Any:
+    return fn.warp_affine(images, matrix=matrix, interp_type=interpolation, fill_value=fill)
 
 
 def _argument(node: Any) -> Any:
@@ -139,7 +157,7 @@ def _like(node: Any, images: Any) -> Any:
     return node.gpu() if images.device == "gpu" else node
 
 
-_WARPS = {"nearest": _warp_nearest, "bilinear": _warp_bilinear}
+_INTERPOLATIONS = {"nearest": DALIInterpType.INTERP_NN, "bilinear": DALIInterpType.INTERP_LINEAR}
 _OPERATIONS = {
     "identity": _identity,
     "brightness": _brightness,
@@ -150,4 +168,6 @@ _OPERATIONS = {
     "solarize": _solarize,
     "auto_contrast": _auto_contrast,
     "equalize": _equalize,
+    "invert": _invert,
+    "solarize_add": _solarize_add,
 }

@@ -1,4 +1,4 @@
-"""The size of training images as a pure function of the step: progressive resizing."""
+"""The size of training images as a pure function of the step: that of the recipe, or progressive resizing."""
 
 import math
 
@@ -13,8 +13,8 @@ def size_at(config: Input, batch_size: int, num_samples: int, step: int) -> int:
     """
     progressive = config.progressive
     if progressive is None:
-        return config.size
-    first, last = progressive.start_size, progressive.end_size or config.size
+        return config.training_size
+    first, last = progressive.start_size, progressive.end_size or config.training_size
     start, end = (length.steps(batch_size, num_samples) for length in (progressive.start, progressive.end))
     if step >= end:
         return last

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from configs import LonghaulError, list_recipes, load_recipe
+from configs import LonghaulError, load_recipe
 from launch import data as data_commands
 
 console = Console(soft_wrap=True)
@@ -115,7 +115,7 @@ def prepare(
     "torchrun --nproc-per-node 2 -m launch.cli train digits --name demo"
 )
 def train(
-    recipe: Annotated[str, typer.Argument(help=f"A name ({', '.join(list_recipes())}) or a path to a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="A name (`longhaul recipes` lists them) or a path to a YAML file.")],
     name: Annotated[str, typer.Option("--name", help="The run's name; the same name again resumes it.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
     data: DataOption = None,
@@ -209,6 +209,49 @@ def report(
     from launch.commands import report_run
 
     report_run(console, run, runs)
+
+
+@app.command(epilog="Examples:  longhaul recipes   |   longhaul recipes resnet50")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one, a name or a path.", show_default=False)] = None,
+) -> None:
+    """List the recipes with what to expect of them, or show one: its command, source, and every value."""
+    from launch.recipes import show_recipe, show_recipes
+
+    if name is None:
+        show_recipes(console)
+    else:
+        show_recipe(console, name)
+
+
+@app.command(
+    epilog="Examples:  longhaul card demo-0 demo-1 --out benchmarks/results/cards/digits.json   |   "
+    "longhaul card --readme README.md"
+)
+def card(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Finished runs of one recipe with different seeds.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write their card to this file.")] = None,
+    readme: Annotated[Path | None, typer.Option("--readme", help="Renew the table of all cards in this file.")] = None,
+    cards: Annotated[Path, typer.Option("--cards", help="Where the cards are.")] = Path("benchmarks/results/cards"),
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="The recipe of the runs (otherwise the nearest).")
+    ] = None,
+    machine: Annotated[
+        str | None, typer.Option("--machine", help="Where they ran, in words (otherwise this machine).")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Write a result card: scores with recipe, seeds, commit and machine; or the table of all cards into README."""
+    from launch.cards import write_card, write_table
+
+    if names and out is not None:
+        write_card(console, names, out, runs, recipe, machine)
+    elif names or out is not None or readme is None:
+        raise LonghaulError("Give finished runs and --out FILE for a card, or --readme FILE for the table of all.")
+    if readme is not None:
+        write_table(console, readme, cards)
 
 
 @app.command(epilog="Example:  longhaul doctor")

@@ -12,17 +12,20 @@ from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from timm.data import auto_augment as timm
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as vision
 
 from configs import LonghaulError, load_recipe
-from configs.augmentation import AutoAugment, ColourJitter, RandAugment, TrivialAugment
+from configs.augmentation import AutoAugment, ColourJitter, RandAugment, TimmRandAugment, TrivialAugment
 from configs.schema import Input, ResizedCrop
 from data_pipeline import hue
 from data_pipeline.distort import (
     BINS,
     JITTERS,
+    NAMES,
     OPERATIONS,
+    TIMM_OPERATIONS,
     Jitter,
     Operation,
     distortion_inputs,
@@ -32,6 +35,7 @@ from data_pipeline.distort import (
     jitter_stages,
     magnitudes,
     num_inputs,
+    timm_magnitudes,
 )
 from data_pipeline.ingest import prepare
 from data_pipeline.loader import training_batches
@@ -44,7 +48,8 @@ from tests.conftest import ROOT
 
 SEEDS = st.integers(0, 2**63 - 1)
 SIZE = 224
-POLICIES: list[AutoAugment] = [TrivialAugment(), RandAugment(num_ops=3, magnitude=17)]
+RSB = TimmRandAugment(magnitude=7, magnitude_std=0.5)
+POLICIES: list[AutoAugment] = [TrivialAugment(), RandAugment(num_ops=3, magnitude=17), RSB]
 SPACES = {"wide": v2.TrivialAugmentWide, "rand": v2.RandAugment}
 SIGNED = OPERATIONS[1:10]
 
@@ -138,6 +143,61 @@ def test_rand_augment_draws_its_operations_apart_and_keeps_its_magnitude() -> No
     table = magnitudes(False, SIZE)[:, 9]
     for drawn in (first, second):
         np.testing.assert_allclose(np.abs(drawn.magnitudes), np.abs(table[drawn.names]), rtol=1e-6)
+
+
+# By our names: timm's, and how its argument becomes our magnitude.
+TIMM_NAMES = {
+    **{name: f"{name}Increasing" for name in ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")},
+    **{name: f"{name}Rel" for name in ("TranslateX", "TranslateY")},
+}
+ENHANCEMENTS = ("Color", "Contrast", "Brightness", "Sharpness")
+
+
+def timm_argument(name: str, level: float) -> tuple[float, ...]:
+    """What timm's operation is given at a level, with the sign that it draws; () where it takes nothing."""
+    make = timm.LEVEL_TO_ARG[TIMM_NAMES.get(name, name)]
+    return () if make is None else make(level, {})
+
+
+def test_timms_operations_are_those_of_its_increasing_space() -> None:
+    assert [TIMM_NAMES.get(name, name) for name in TIMM_OPERATIONS] == timm._RAND_INCREASING_TRANSFORMS
+
+
+@given(st.floats(0, 10))
+def test_magnitudes_of_timms_space_are_timms(level: float) -> None:
+    ours = dict(zip(NAMES, timm_magnitudes(np.array([level]), SIZE)[0].tolist(), strict=True))
+    for name in TIMM_OPERATIONS:
+        given = timm_argument(name, level)
+        if not given:
+            assert ours[name] == 0
+        elif name in ENHANCEMENTS:
+            assert ours[name] == pytest.approx(abs(given[0] - 1), abs=1e-9)
+        elif name in ("TranslateX", "TranslateY"):
+            assert ours[name] == pytest.approx(abs(given[0]) * SIZE)
+        else:
+            assert ours[name] == pytest.approx(abs(given[0]))
+
+
+def test_timms_rand_augment_draws_operations_signs_and_noisy_levels_as_timm_does() -> None:
+    count = 90_000
+    drawn, other = draw_operations(recipe(auto_augment=RSB), draw_for(4, count), SIZE)
+    assert (drawn.names != other.names).any()
+    applied = drawn.names > 0
+    assert abs(applied.mean() - 0.5) < 5 * 0.5 / math.sqrt(count)
+    counts = np.bincount(drawn.names[applied], minlength=len(NAMES))[[NAMES.index(name) for name in TIMM_OPERATIONS]]
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 14 + 5 * math.sqrt(2 * 14)
+    degrees = drawn.magnitudes[drawn.names == NAMES.index("Rotate")] / 3
+    assert (degrees < 0).mean() == pytest.approx(0.5, abs=2.5 / math.sqrt(len(degrees)))
+    levels = np.abs(degrees)
+    assert levels.mean() == pytest.approx(7, abs=5 * 0.5 / math.sqrt(len(levels)))
+    assert levels.std() == pytest.approx(0.5, rel=0.06)
+    noisy = TimmRandAugment(num_ops=1, magnitude=10, magnitude_std=4)
+    (drawn,) = draw_operations(recipe(auto_augment=noisy), draw_for(4, count), SIZE)
+    turned = np.abs(drawn.magnitudes[drawn.names == NAMES.index("Rotate")])
+    assert turned.max() == 30 and (turned == 30).mean() == pytest.approx(0.5, abs=0.05)
+    always = draw_operations(recipe(auto_augment=TimmRandAugment(probability=1)), draw_for(4, 1_000), SIZE)[0]
+    never = draw_operations(recipe(auto_augment=TimmRandAugment(probability=0)), draw_for(4, 1_000), SIZE)[0]
+    assert (always.names > 0).all() and not never.names.any()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -247,6 +307,38 @@ def test_an_operation_is_torchvisions_at_every_magnitude(
         for image, magnitude in zip(torch_images(photographs), operation.magnitudes[here], strict=True)
     ]
     assert_alike(ours[here], theirs, TOLERANCE[name], name)
+
+
+# PIL interpolates in whole steps, and mixes the border with what fills it.
+TIMM_TOLERANCE = {
+    **TOLERANCE, "Invert": EXACT, "SolarizeAdd": EXACT, "Contrast": (0.2, 0),
+    "ShearX": (0.6, 0.005), "ShearY": (0.6, 0.005), "Rotate": (0.8, 0.01),
+}  # fmt: skip
+
+
+def test_timms_operations_on_photographs(photographs: np.ndarray) -> None:
+    """Against timm's functions on PIL images, bilinear, filled with the grey of the mean colour as DALI has it."""
+    levels = np.linspace(0, 9.9, len(photographs))  # PIL refuses the 0 bits of 10
+    config = recipe(mean=(0.485, 0.456, 0.406), auto_augment=TimmRandAugment(num_ops=1))
+    table = timm_magnitudes(levels, SIZE)
+    for name in TIMM_OPERATIONS:
+        place = NAMES.index(name)
+        operation = Operation(np.full(len(levels), place, np.int32), table[:, place].astype(np.float32))
+        ours = execute(config, photographs, execution(operation, SIZE))
+        theirs = []
+        for image, level in zip(photographs, levels, strict=True):
+            arguments = timm_argument(name, float(level))
+            if name in ENHANCEMENTS:
+                arguments = (1 + abs(arguments[0] - 1),)  # whatever sign was drawn
+            elif name in ("ShearX", "ShearY", "Rotate"):
+                arguments = (abs(arguments[0]),)
+            elif name in ("TranslateX", "TranslateY"):
+                arguments = (-math.trunc(abs(arguments[0]) * SIZE) / SIZE,)  # whole pixels, to the other side
+            function = timm.NAME_TO_OP[TIMM_NAMES.get(name, name)]
+            options = {"fillcolor": (114, 114, 114), "resample": Image.Resampling.BILINEAR}
+            done = function(Image.fromarray(image), *arguments, **options)
+            theirs.append(torch.from_numpy(np.asarray(done).copy()).permute(2, 0, 1))
+        assert_alike(ours, theirs, TIMM_TOLERANCE[name], name)
 
 
 @pytest.mark.parametrize("name", JITTERS)

@@ -19,7 +19,7 @@ from data_pipeline.split import Split
 from trainer import verify
 from trainer.dealing import Work, deal
 from trainer.group import Group, Rendezvous, join
-from trainer.ledger import Ledger, Recorder, epochs_touched, micro_digest, sample_hashes
+from trainer.ledger import Ledger, Recorder, micro_digest, sample_hashes
 
 CPU = torch.device("cpu")
 SEEDS = st.integers(0, 2**63 - 1)
@@ -109,7 +109,7 @@ def test_checkpoints_on_the_way_leave_no_trace_in_the_ledger(
                 recorder.record(step, micro, records_of(recipe, order, sizes, step, micro))
             if step + 1 in borders:
                 ledger = recorder.merge(order, step + 1, group)
-                assert len(ledger.steps) == step + 1 and len(ledger.epochs) == epochs_touched(order, step + 1)
+                assert len(ledger.steps) == step + 1 and len(ledger.epochs) == order.epochs_touched(step + 1)
                 if restart:
                     recorder = Recorder(ledger)
         return ledger
@@ -319,9 +319,9 @@ def test_what_came_through_the_pipeline_beside_the_pixels_verifies(group: Group,
 def test_epochs_touched_are_those_of_which_the_stream_gave_a_sample(samples: int, size: int, steps: int) -> None:
     order = Order(0, samples, size, size)
     reached = np.arange(steps * size) // samples
-    assert epochs_touched(order, steps) == len(np.unique(reached))
+    assert order.epochs_touched(steps) == len(np.unique(reached))
     empty = Ledger.empty(order, steps)
-    assert empty.steps.shape == (steps,) and empty.epochs.shape == (epochs_touched(order, steps), 2)
+    assert empty.steps.shape == (steps,) and empty.epochs.shape == (order.epochs_touched(steps), 2)
 
 
 def test_a_ledger_may_be_merged_before_the_first_step(group: Group) -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from configs import Duration, LonghaulError, load_recipe
 from configs.augmentation import Progressive, RandAugment
-from configs.schema import Input, ResizedCrop
+from configs.schema import Input, ResizedCrop, ScaleCrop
+from data_pipeline.augment import augment, central
 from data_pipeline.loader import training_batches
 from data_pipeline.order import Order
 from data_pipeline.resolution import size_at
@@ -22,10 +23,12 @@ from trainer.verify import verify
 NUM_SAMPLES, BATCH = 10_000, 100
 
 
-def recipe(start: str = "35ep", end: str = "80ep", size: int = 224, **keys: object) -> Input:
+def recipe(
+    start: str = "35ep", end: str = "80ep", size: int = 224, train_size: int | None = None, **keys: object
+) -> Input:
     values = {"start_size": 160, "end_size": 192, "start": start, "end": end, **keys}
     return Input(
-        size=size, mean=(0, 0, 0), std=(1, 1, 1), crop=ResizedCrop(), eval_resize=size,
+        size=size, train_size=train_size, mean=(0, 0, 0), std=(1, 1, 1), crop=ResizedCrop(), eval_resize=size,
         progressive=Progressive.model_validate(values),
     )  # fmt: skip
 
@@ -62,9 +65,33 @@ def test_without_an_end_size_images_grow_to_that_of_evaluation_and_without_the_k
     assert set(sizes(plain, range(5))) == {224}
 
 
+def test_training_images_may_have_a_size_of_their_own() -> None:
+    plain = Input(size=224, train_size=176, mean=(0, 0, 0), std=(1, 1, 1), crop=ResizedCrop(), eval_resize=232)
+    assert set(sizes(plain, range(5))) == {176}
+    grown = recipe("0it", "4it", end_size=None, start_size=96, train_size=160, size=224)
+    assert sizes(grown, range(6)) == [96, 128, 128, 160, 160, 160]
+    whole = np.array([[500, 400]], np.int32)
+    for size, expected in ((None, 224), (112, 112)):  # of an image resized to 224, all, or a half of its shorter side
+        crop = ScaleCrop(shorter=(224, 224))
+        config = Input(size=224, train_size=size, mean=(0, 0, 0), std=(1, 1, 1), crop=crop, eval_resize=256)
+        drawn = augment(config, 0, np.zeros(1, np.int64), np.zeros(1, np.int64), whole)
+        assert drawn.boxes[0, 2:].tolist() == [400 * expected // 224] * 2
+        assert central(config, whole)[0].tolist() == [[320, 256]]  # evaluation does not know of it
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
+        (["input.train_size=176", "input.crop={kind: pad_crop}"], "input.train_size needs a crop that is resized"),
+        (["input.train_size=0"], "input.train_size: "),
+        (
+            ["input.train_size=128", "input.progressive={start_size: 160, start: 1ep, end: 8ep}"],
+            "start_size=160 is larger than the size to end with, 128",
+        ),
+        (
+            ["input.train_size=176", "input.progressive={start_size: 160, end_size: 192, start: 1ep, end: 8ep}"],
+            "input.train_size=176 and input.progressive.end_size=192 both say",
+        ),
         (["input.progressive={start_size: 160, start: 9ep, end: 8ep}"], "start=9ep is after input.progressive.end=8ep"),
         (["input.progressive={start_size: 256, start: 1ep, end: 8ep}"], "start_size=256 is larger than"),
         (["input.progressive={start_size: 160, start: 1ep}"], "the key 'input.progressive.end' is missing"),
@@ -88,6 +115,8 @@ def test_the_loader_gives_each_step_its_size_and_pixels_know_nothing_of_what_cam
     work = [(step, micro) for step in range(5) for micro in (0, 1)]
     device = torch.device("cpu")
     batches = list(training_batches(split, config, order, work, device, 1))
+    smaller = config.model_copy(update={"progressive": None, "train_size": 12})
+    assert next(training_batches(split, smaller, order, work, device, 1)).images.shape == (16, 3, 12, 12)
     assert [batch.images.shape[2] for batch in batches] == [8, 8, 8, 8, 12, 12, 16, 16, 16, 16]
     assert all(batch.images.shape[2] == batch.images.shape[3] for batch in batches)
     for first in (3, 4, 5):

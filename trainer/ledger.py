@@ -41,11 +41,6 @@ def micro_digest(micro: int, records: NDArray[np.int64]) -> int:
     return int(rows.sum(dtype=np.uint64))
 
 
-def epochs_touched(order: Order, steps: int) -> int:
-    """The number of epochs of which at least one sample has been used after `steps` steps."""
-    return -(-steps * order.batch_size // order.num_samples)
-
-
 @dataclass
 class Ledger:
     """The ledger of a run up to some step.
@@ -63,7 +58,7 @@ class Ledger:
     @classmethod
     def empty(cls, order: Order, steps: int, num_substitutes: int = 0) -> "Ledger":
         """Zeros, of the shape that a checkpoint at `steps` has."""
-        shapes = (steps,), (epochs_touched(order, steps), 2), (num_substitutes, 3)
+        shapes = (steps,), (order.epochs_touched(steps), 2), (num_substitutes, 3)
         return cls(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
 
     def state(self) -> dict[str, torch.Tensor]:

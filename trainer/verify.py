@@ -56,28 +56,29 @@ def read_ledger(saved: Saved, order: Order) -> Ledger:
 
 
 def _check_epochs(order: Order, ledger: Ledger, steps: int) -> list[Finding]:
-    """Whole epochs against the set of all samples, without reference to any order; the last, if it is not whole,
-    against the part of it that the order says was reached."""
+    """Whole epochs against the set of all samples, without reference to any order; those under way (with repeats there
+    may be several) against the part of them that the order says was reached."""
     size = order.num_samples
-    whole, rest = divmod(steps * order.batch_size, size)
+    counts = [order.used(epoch, steps) for epoch in range(order.epochs_touched(steps))]
+    whole = [epoch for epoch, count in enumerate(counts) if count == size]
     every = np.arange(size, dtype=np.int64)
-    wrong = [
-        epoch for epoch in range(whole) if not _used(ledger, epoch, sample_hashes(np.full(size, epoch), every), size)
-    ]
-    used = f"{whole} epochs of {size:,} samples" if not wrong else f"epochs {wrong[:10]} differ"
+    wrong = [epoch for epoch in whole if not _used(ledger, epoch, every)]
+    used = f"{len(whole)} epochs of {size:,} samples" if not wrong else f"epochs {wrong[:10]} differ"
     findings = [Finding("every whole epoch used every sample exactly once", not wrong, used)]
-    if rest:
-        epochs, ids = order.at(np.arange(whole * size, whole * size + rest))
-        holds = _used(ledger, whole, sample_hashes(epochs, ids), rest)
-        findings.append(
-            Finding("the epoch under way used its first samples exactly once", holds, f"{rest:,} of {size:,}")
-        )
+    under_way = [(epoch, count) for epoch, count in enumerate(counts) if count < size]
+    if under_way:
+        holds = all(_used(ledger, epoch, order.first_of(epoch, count)) for epoch, count in under_way)
+        what = "the epoch under way used its" if len(under_way) == 1 else "the epochs under way used their"
+        figures = " and ".join(f"{count:,}" for _, count in under_way)
+        findings.append(Finding(f"{what} first samples exactly once", holds, f"{figures} of {size:,}"))
     return findings
 
 
-def _used(ledger: Ledger, epoch: int, hashes: NDArray[np.uint64], count: int) -> bool:
+def _used(ledger: Ledger, epoch: int, ids: NDArray[np.int64]) -> bool:
+    """Whether an epoch used just these samples, each once."""
+    hashes = sample_hashes(np.full_like(ids, epoch), ids)
     found_count, found_sum = ledger.epochs[epoch].tolist()
-    return bool(found_count == count and found_sum == int(hashes.sum(dtype=np.uint64).view(np.int64)))
+    return bool(found_count == len(ids) and found_sum == int(hashes.sum(dtype=np.uint64).view(np.int64)))
 
 
 def _check_steps(
