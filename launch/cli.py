@@ -45,6 +45,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ThreadsOption = Annotated[
     int, typer.Option(min=0, help="CPU threads a worker (0: cores / workers; 1 if deterministic).")
 ]
+WeightsOption = Annotated[str, typer.Option(help="auto (averaged ones where the recipe keeps them), plain or ema.")]
 
 
 @app.callback()
@@ -188,6 +189,41 @@ def report(
     from launch.commands import report_run
 
     report_run(console, run, runs)
+
+
+@app.command(
+    epilog="Examples:  longhaul analyse demo   |   longhaul analyse plain20 plain56 --only curves,responses --out docs/figures"
+)
+def analyse(
+    names: Annotated[
+        list[str], typer.Argument(help="Runs, by name or directory; laid over one another.", metavar="RUN...")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The directory to write into (RUN/analysis; of several, analysis-RUN-... beside them)."
+        ),
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Of curves,responses,confusion,filters (all).")] = None,
+    data: DataOption = None,
+    weights: WeightsOption = "auto",
+    images: Annotated[int, typer.Option(min=1, help="Held-out images whose responses are measured.")] = 512,
+    runs: RunsOption = Path("runs"),
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
+    cache_dir: CacheDirOption = None,
+    cache_bytes: CacheBytesOption = None,
+) -> None:
+    """Draw error curves, layer responses, class confusion and filters of runs, finished or not, into one page.
+
+    Pictures are SVG and PNG, figures CSV. Networks are those of the newest checkpoint that verifies; a run without one
+    has curves.
+    """
+    from launch.analyse import analyse_runs
+
+    analyse_runs(
+        console, names, out, data, only, weights, images, runs, device, threads, cache_dir, cache_bytes
+    )  # fmt: skip
 
 
 @app.command(epilog="Example:  longhaul doctor")
