@@ -3,20 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
 
 from rich.console import Console
 from rich.markup import escape
 
 from configs import LonghaulError
-from data_pipeline.cache import parse_bytes
-from data_pipeline.storage import parse_location
 from launch.commands import find_run
+from launch.options import choose_images, choose_weights
 from launch.view import shown_path
 from trainer.rundir import RunDirectory
-
-if TYPE_CHECKING:
-    from trainer.weights import Weights
 
 
 def analyse_runs(
@@ -39,16 +34,11 @@ def analyse_runs(
     from trainer.analysis.analyse import PARTS, Analysis, analyse
     from trainer.group import pick_device
     from trainer.run import cores_each
-    from trainer.trained import Images
 
     found = name_runs([find_run(name, runs) for name in names])
     threads = threads or cores_each(1)
     torch.set_num_threads(threads)
-    images = Images(
-        data and parse_location(data),
-        cache_dir and cache_dir.absolute(),
-        None if cache_bytes is None else parse_bytes(cache_bytes),
-    )
+    images = choose_images(data, cache_dir, cache_bytes)
     analysis = Analysis(
         found, out or default_directory(found, runs), choose_parts(only, PARTS), choose_weights(weights), images,
         num_images, pick_device(device, 0), threads,
@@ -82,12 +72,3 @@ def choose_parts(only: str | None, known: Sequence[str]) -> tuple[str, ...]:
         if part not in known:
             raise LonghaulError(f"--only {part}: it is one or more of {', '.join(known)}, with commas between them.")
     return parts
-
-
-def choose_weights(weights: str) -> "Weights":
-    """Raises LonghaulError for anything but auto, plain and ema."""
-    from trainer.weights import Weights
-
-    if weights not in get_args(Weights):
-        raise LonghaulError(f"--weights {weights}: it is auto, plain or ema.")
-    return cast("Weights", weights)

@@ -191,18 +191,14 @@ def report(
     report_run(console, run, runs)
 
 
-@app.command(
-    epilog="Examples:  longhaul analyse demo   |   longhaul analyse plain20 plain56 --only curves,responses --out docs/figures"
-)
+@app.command(epilog="Examples:  longhaul analyse demo   |   longhaul analyse plain20 plain56 --only curves,responses")
 def analyse(
     names: Annotated[
         list[str], typer.Argument(help="Runs, by name or directory; laid over one another.", metavar="RUN...")
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", help="The directory to write into (RUN/analysis; of several, analysis-RUN-... beside them)."
-        ),
+        typer.Option("--out", help="The directory to write into (RUN/analysis; of several runs RUNS/analysis-...)."),
     ] = None,
     only: Annotated[str | None, typer.Option("--only", help="Of curves,responses,confusion,filters (all).")] = None,
     data: DataOption = None,
@@ -223,6 +219,37 @@ def analyse(
 
     analyse_runs(
         console, names, out, data, only, weights, images, runs, device, threads, cache_dir, cache_bytes
+    )  # fmt: skip
+
+
+@app.command(
+    epilog="Examples:  longhaul export demo --to onnx   |   "
+    "longhaul export runs/rn50/checkpoints/step-00112590 --to timm --out models/rn50"
+)
+def export(
+    target: Annotated[str, typer.Argument(help="A run's name or directory, or a checkpoint's directory.")],
+    to: Annotated[str, typer.Option("--to", help="safetensors, onnx, torchvision or timm.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file (timm: the directory) to write (RUN/export/RUN-step-...).")
+    ] = None,
+    weights: WeightsOption = "auto",
+    data: DataOption = None,
+    images: Annotated[int, typer.Option(min=1, help="Held-out images to compare on.")] = 64,
+    force: Annotated[bool, typer.Option("--force", help="Write over an export that exists.")] = False,
+    runs: RunsOption = Path("runs"),
+    threads: ThreadsOption = 0,
+    cache_dir: CacheDirOption = None,
+    cache_bytes: CacheBytesOption = None,
+) -> None:
+    """Write the network of a checkpoint (of a run: its newest valid one) for other programs.
+
+    What was written is loaded again as its users would, and compared with the network on held-out images; if it does
+    not compute the same, it is removed.
+    """
+    from launch.export import export_checkpoint
+
+    export_checkpoint(
+        console, target, to, out, weights, data, images, force, runs, threads, cache_dir, cache_bytes
     )  # fmt: skip
 
 

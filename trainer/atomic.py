@@ -18,9 +18,14 @@ def replacing(path: Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
-        if temporary.is_dir():  # a directory cannot be renamed over another that is not empty
-            _remove(path)
-        temporary.replace(path)
+        if temporary.is_dir() and path.exists():  # a directory cannot be renamed over another that is not empty
+            old = path.with_name(f".old-{path.name}")
+            _remove(old)
+            path.rename(old)
+            temporary.rename(path)
+            _remove(old)
+        else:
+            temporary.replace(path)
     finally:
         _remove(temporary)
 

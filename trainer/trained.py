@@ -50,6 +50,10 @@ class Trained:
         """Images in the memory format that the recipe trains in."""
         return images if self.recipe.channels_last else images.contiguous()
 
+    def recipe_sha256(self) -> str:
+        """The hash of the recipe, as the run's latest start has it; "" where the events are not there."""
+        return next((e["recipe_sha256"] for e in reversed(list(self.run.events())) if e["event"] == "start"), "")
+
     def classes(self, split: Split) -> list[str]:
         """A name for each class of the network; raises LonghaulError where the data has more classes than it."""
         names = list(split.manifest.classes)

@@ -49,7 +49,7 @@ class Analysis:
     out: Path
     parts: Sequence[str] = ()
     weights: Weights = "auto"
-    images: Images = Images()
+    images: Images = field(default_factory=Images)
     num_images: int = 512
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int = 1
@@ -72,8 +72,8 @@ class _Found:
 def analyse(analysis: Analysis, tell: Tell) -> Path:
     """Write the page and return its path; `tell` gets a line of text about each thing that was found.
 
-    Raises LonghaulError where a part that was asked for by name is not to be had. Where none was named, `tell` says what
-    is left out, and why.
+    Raises LonghaulError where a part that was asked for by name is not to be had. Where none was named, `tell` says
+    what is left out, and why.
     """
     found = _examine(analysis, tell)
     page = Page(analysis.out)
@@ -131,8 +131,8 @@ def _curves(found: _Found, page: Page, tell: Tell) -> None:
     page.heading("Error over iterations")
     page.picture("curves.svg", draw_curves(found.curves))
     page.note(
-        "Top-1 error. Bold: on held-out images, one view each. Dashed: on training images as they were augmented, by the "
-        "weights of that moment; means over stretches of 1 % of the iterations."
+        "Top-1 error. Bold: on held-out images, one view each. Dashed: on training images as they were augmented, by "
+        "the weights of that moment; means over stretches of 1 % of the iterations."
     )
     page.text("curves.csv", curves_csv(found.curves))
     for name, curves in found.curves.items():

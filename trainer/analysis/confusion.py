@@ -34,7 +34,7 @@ class Confusion:
         return int(np.trace(self.counts)) / self.num_images
 
     def pairs(self, most: int) -> list[tuple[int, int, int]]:
-        """(class, taken for, images) of the most frequent mistakes; of equally frequent ones the first classes first."""
+        """(class, taken for, images) of the most frequent mistakes; of equals the first classes first."""
         mistakes = self.counts.copy()
         np.fill_diagonal(mistakes, 0)
         order = np.argsort(-mistakes, axis=None, kind="stable")[:most].tolist()
@@ -108,7 +108,8 @@ def draw_confusion(confusion: Confusion) -> str:
             body.append(text(x + cell / 2, y + cell / 2 + font * 0.35, f"{count}", "middle", ink))
     side = size * cell
     body.append(
-        f'<rect x="{margin:.1f}" y="{margin:.1f}" width="{side:.1f}" height="{side:.1f}" fill="none" stroke="#888"/></g>'
+        f'<rect x="{margin:.1f}" y="{margin:.1f}" width="{side:.1f}" height="{side:.1f}" fill="none" stroke="#888"/>'
+        "</g>"
     )
     return document(margin + side + 12, margin + side + 12, body, "Confusion of classes: rows true, columns predicted")
 

@@ -130,7 +130,7 @@ def draw_responses(responses: Mapping[str, Sequence[Response]]) -> dict[str, str
 
 
 def responses_csv(responses: Mapping[str, Sequence[Response]]) -> str:
-    """A row for each layer: run, layer (its place, from 1), name, rank (1: the largest), std, mean, count (of outputs)."""
+    """A row for each layer: run, layer (from 1), name, rank (1: the largest), std, mean, count."""
     rows: list[tuple[object, ...]] = []
     for run, found in responses.items():
         ranked = sorted(range(len(found)), key=lambda place: -found[place].std)
