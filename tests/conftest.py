@@ -6,12 +6,27 @@ import pytest
 import torch
 from hypothesis import settings
 
+from data_pipeline.ingest import prepare
+from data_pipeline.sources import open_source
+from tests.workers import make_job, train
+from trainer.rundir import RunDirectory
+
 # No deadline: the first example pays for imports, and machines differ. The same examples every time, so that a red
 # test stays red until it is mended.
 settings.register_profile("longhaul", deadline=None, derandomize=True)
 settings.load_profile("longhaul")
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished run on digits, of 40 steps; to be read only."""
+    data = tmp_path_factory.mktemp("data") / "digits"
+    prepare(open_source("digits", 0.0), data)
+    job = make_job(tmp_path_factory.mktemp("runs") / "digits", data, "duration=40it", "checkpoint.every=40it")
+    train(job, 1)
+    return job.run
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

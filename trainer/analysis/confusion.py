@@ -111,7 +111,9 @@ def draw_confusion(confusion: Confusion) -> str:
         f'<rect x="{margin:.1f}" y="{margin:.1f}" width="{side:.1f}" height="{side:.1f}" fill="none" stroke="#888"/>'
         "</g>"
     )
-    return document(margin + side + 12, margin + side + 12, body, "Confusion of classes: rows true, columns predicted")
+    words = "rows: the class of the images; columns: what they were taken for"
+    body.append(text(margin + side, margin + side + 18, words, "end"))
+    return document(margin + side + 12, margin + side + 26, body, f"Confusion of classes, {words}")
 
 
 def _cell(x: float, y: float, side: float, share: float, title: str) -> str:
