@@ -45,6 +45,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ThreadsOption = Annotated[
     int, typer.Option(min=0, help="CPU threads a worker (0: cores / workers; 1 if deterministic).")
 ]
+WeightsOption = Annotated[str, typer.Option(help="auto (averaged ones where the recipe keeps them), plain or ema.")]
 
 
 @app.callback()
@@ -252,6 +253,68 @@ def card(
         raise LonghaulError("Give finished runs and --out FILE for a card, or --readme FILE for the table of all.")
     if readme is not None:
         write_table(console, readme, cards)
+
+
+@app.command(epilog="Examples:  longhaul analyse demo   |   longhaul analyse plain20 plain56 --only curves,responses")
+def analyse(
+    names: Annotated[
+        list[str], typer.Argument(help="Runs, by name or directory; laid over one another.", metavar="RUN...")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The directory to write into (RUN/analysis; of several runs RUNS/analysis-...)."),
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Of curves,responses,confusion,filters (all).")] = None,
+    data: DataOption = None,
+    weights: WeightsOption = "auto",
+    images: Annotated[int, typer.Option(min=1, help="Held-out images whose responses are measured.")] = 512,
+    runs: RunsOption = Path("runs"),
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
+    cache_dir: CacheDirOption = None,
+    cache_bytes: CacheBytesOption = None,
+) -> None:
+    """Draw error curves, layer responses, class confusion and filters of runs, finished or not, into one page.
+
+    Pictures are SVG and PNG, figures CSV. Networks are those of the newest checkpoint that verifies; a run without one
+    has curves.
+    """
+    from launch.analyse import analyse_runs
+
+    analyse_runs(
+        console, names, out, data, only, weights, images, runs, device, threads, cache_dir, cache_bytes
+    )  # fmt: skip
+
+
+@app.command(
+    epilog="Examples:  longhaul export demo --to onnx   |   "
+    "longhaul export runs/rn50/checkpoints/step-00112590 --to timm --out models/rn50"
+)
+def export(
+    target: Annotated[str, typer.Argument(help="A run's name or directory, or a checkpoint's directory.")],
+    to: Annotated[str, typer.Option("--to", help="safetensors, onnx, torchvision or timm.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file (timm: the directory) to write (RUN/export/RUN-step-...).")
+    ] = None,
+    weights: WeightsOption = "auto",
+    data: DataOption = None,
+    images: Annotated[int, typer.Option(min=1, help="Held-out images to compare on.")] = 64,
+    force: Annotated[bool, typer.Option("--force", help="Write over an export that exists.")] = False,
+    runs: RunsOption = Path("runs"),
+    threads: ThreadsOption = 0,
+    cache_dir: CacheDirOption = None,
+    cache_bytes: CacheBytesOption = None,
+) -> None:
+    """Write the network of a checkpoint (of a run: its newest valid one) for other programs.
+
+    What was written is loaded again as its users would, and compared with the network on held-out images; if it does
+    not compute the same, it is removed.
+    """
+    from launch.export import export_checkpoint
+
+    export_checkpoint(
+        console, target, to, out, weights, data, images, force, runs, threads, cache_dir, cache_bytes
+    )  # fmt: skip
 
 
 @app.command(epilog="Example:  longhaul doctor")

@@ -8,6 +8,8 @@ from hypothesis import settings
 
 from data_pipeline.ingest import prepare
 from data_pipeline.sources import open_source
+from tests.workers import make_job, train
+from trainer.rundir import RunDirectory
 
 # No deadline: the first example pays for imports, and machines differ. The same examples every time, so that a red
 # test stays red until it is mended.
@@ -15,6 +17,14 @@ settings.register_profile("longhaul", deadline=None, derandomize=True)
 settings.load_profile("longhaul")
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def digits_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished run on digits, of 40 steps; to be read only."""
+    job = make_job(tmp_path_factory.mktemp("runs") / "digits", digits, "duration=40it", "checkpoint.every=40it")
+    train(job, 1)
+    return job.run
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,0 +1,39 @@
+"""Options that several commands have, as what they stand for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast, get_args
+
+from configs import LonghaulError
+from data_pipeline.cache import parse_bytes
+from data_pipeline.storage import parse_location
+from launch.commands import find_run
+from trainer.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from trainer.trained import Images
+    from trainer.weights import Weights
+
+
+def choose_images(data: str | None, cache_dir: Path | None, cache_bytes: str | None) -> "Images":
+    """--data, --cache-dir and --cache-bytes."""
+    from trainer.trained import Images
+
+    limit = None if cache_bytes is None else parse_bytes(cache_bytes)
+    return Images(None if data is None else parse_location(data), cache_dir and cache_dir.absolute(), limit)
+
+
+def find_target(target: str, runs: Path) -> tuple[RunDirectory, Path | None]:
+    """A run by name or directory, or the run of a checkpoint's directory with that checkpoint."""
+    checkpoint = Path(target).absolute()
+    if (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == "checkpoints":
+        return RunDirectory(checkpoint.parent.parent).require(), checkpoint
+    return find_run(target, runs), None
+
+
+def choose_weights(weights: str) -> "Weights":
+    """Raises LonghaulError for anything but auto, plain and ema."""
+    from trainer.weights import Weights
+
+    if weights not in get_args(Weights):
+        raise LonghaulError(f"--weights {weights}: it is auto, plain or ema.")
+    return cast("Weights", weights)

@@ -1,0 +1,1 @@
+"""What trained networks look like inside, and beside one another: `longhaul analyse`."""
