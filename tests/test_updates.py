@@ -1,5 +1,6 @@
 """Updates in real runs: what decides the next one is in the checkpoint, and what is not finite is survived."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,23 @@ def test_going_back_is_tried_once(tmp_path: Path, digits: Path) -> None:
     assert list(job.run.checkpoints.glob("abandoned-*"))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible here")
+@pytest.mark.parametrize("how", ["eager", "default"])
+def test_killed_and_resumed_on_a_gpu_it_ends_with_the_same_bits(tmp_path: Path, digits: Path, how: str) -> None:
+    whole, killed = (
+        replace(workers.make_job(tmp_path / name, digits, f"compile={how}"), device="cuda") for name in ("a", "b")
+    )
+    workers.train(whole, 1)
+    processes = workers.start(killed, 1)
+    workers.wait_for(lambda: workers.reached(killed.run, 37))
+    workers.kill(processes)
+    workers.wait(processes)
+    workers.train(killed, 1)
+    assert workers.different(workers.final_state(whole.run), workers.final_state(killed.run)) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_graphs_without_a_gpu_are_refused(tmp_path: Path, digits: Path) -> None:
     job = workers.make_job(tmp_path / "run", digits, "compile=cuda-graphs")
     assert workers.refusal(job) == "compile=cuda-graphs needs a GPU; use compile=default, or compile=eager."

@@ -52,7 +52,7 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
     with join(place, device, job.timeout_seconds) as group, StopRequests(job.run.stop_file) as requests:
         together(group, lambda: _require_shared(job.run))
         recipe = _settle(job, group)
-        torch.use_deterministic_algorithms(recipe.deterministic)
+        _choose_algorithms(recipe.deterministic)
         # The number of threads decides the order of sums, so a deterministic run does not take it from the machine.
         threads = job.threads or (1 if recipe.deterministic else cores_each(local_world_size))
         torch.set_num_threads(threads)
@@ -61,6 +61,14 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
             engine = together(group, lambda: _build(recipe, train_split, group))
             gc.freeze()  # what was made until here is no garbage: the collector need not look through it again
             return _Worker(job, recipe, group, requests, engine, train_split, val_split, order, threads).run()
+
+
+def _choose_algorithms(deterministic: bool) -> None:
+    """On GPUs: the same algorithms at every start, or the fastest found by trying. Before anything is computed there."""
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
 
 
 def cores_each(local_world_size: int) -> int:
