@@ -116,7 +116,9 @@ def test_an_observer_sees_every_image_once_with_the_scores_that_were_counted(
     assert (score.num_top1, score.loss_sum) == (correct, math.fsum(losses))
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_predictions_are_made_in_the_precision_of_the_recipe_and_given_in_float32(
     precision: str, dtype: torch.dtype
 ) -> None:
