@@ -171,7 +171,7 @@ def evaluate(
         int | None,
         typer.Option(
             "--batch-norm", min=0,
-            help="Batch-norm statistics averaged over so many training micro-batches; 0: the moving average.",
+            help="Average batch-norm statistics over so many training micro-batches; 0: those that training kept.",
             show_default="the recipe's",
         ),
     ] = None,
