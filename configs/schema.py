@@ -214,6 +214,8 @@ class Checkpoint(Section):
 class Evaluate(Section):
     """When the held-out split is evaluated (always after the last step too), in micro-batches of `batch`.
 
+    `weights` auto scores the moving average where the recipe keeps one (`ema`). `exact_batch_norm` averages batch-norm
+    statistics over so many training micro-batches first; 0 takes those that training kept on the way.
     `scales` are the shorter sides of `longhaul eval --views multi-scale` (by default those of He et al. 2015, 3.4).
     """
 

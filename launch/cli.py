@@ -163,14 +163,17 @@ def evaluate(
     ] = "central",
     weights: Annotated[
         str | None,
-        typer.Option(help="plain, ema (their moving average), or auto: ema if the recipe keeps one.  [the recipe's]"),
+        typer.Option(
+            help="plain, ema (their moving average), or auto: ema where the recipe keeps one.",
+            show_default="the recipe's",
+        ),
     ] = None,
     batch_norm: Annotated[
         int | None,
         typer.Option(
             "--batch-norm", min=0,
-            help="Batch-norm statistics averaged over so many training micro-batches; 0: the moving average.  "
-            "[the recipe's]",
+            help="Average batch-norm statistics over so many training micro-batches; 0: those that training kept.",
+            show_default="the recipe's",
         ),
     ] = None,
 ) -> None:  # fmt: skip

@@ -116,7 +116,9 @@ def test_an_observer_sees_every_image_once_with_the_scores_that_were_counted(
     assert (score.num_top1, score.loss_sum) == (correct, math.fsum(losses))
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_predictions_are_made_in_the_precision_of_the_recipe_and_given_in_float32(
     precision: str, dtype: torch.dtype
 ) -> None:
@@ -330,6 +332,18 @@ def test_measuring_leaves_the_network_as_it_was(runs: list[Job], digits: Path, a
         assert all(torch.equal(state[name], tensor) for name, tensor in statistics.items())
         raise KeyboardInterrupt
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_statistics_are_of_images_as_training_ends_with_them(digits: Path, alone: Group) -> None:
+    recipe = small_recipe(
+        "input.crop={kind: resized_crop}", "input.eval_resize=8", "duration=4it",
+        "input.progressive={start_size: 4, start: 0it, end: 4it, multiple: 2}",
+    )  # fmt: skip
+    network, sizes = place(build_model(recipe.model, 10, 0), recipe, CPU), []
+    network.register_forward_pre_hook(lambda *called: sizes.append(tuple(called[1][0].shape)))
+    with closing(Split(digits, "train")) as split:
+        exact_statistics(network, recipe, split, alone, 1, 3)
+    assert sizes == [(32, 3, 8, 8)] * 3
 
 
 def test_dropout_is_off_while_statistics_are_measured(digits: Path, alone: Group) -> None:

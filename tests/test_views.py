@@ -1,6 +1,7 @@
 """Views of evaluation: torchvision's crops of one resized image, whole images at several scales, averaged exactly."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,15 @@ from data_pipeline.ingest import prepare
 from data_pipeline.loader import evaluation_batches
 from data_pipeline.sources import open_source
 from data_pipeline.split import Split
-from data_pipeline.views import VIEWS, batches_of, choose_views, five_crops
+from data_pipeline.views import VIEWS, batches_of, central_view, choose_views, five_crops
 from launch.cli import app
 from tests.workers import final_state, make_job, scores, train
+from trainer.evaluate import Member, evaluate, evaluate_ensemble
+from trainer.group import Rendezvous, join
 from trainer.models import build_model
+from trainer.predict import Predictor
 from trainer.score import How, Target, score_checkpoints
+from trainer.weights import choose_checkpoint, load_network
 
 CPU = torch.device("cpu")
 SCALES = (32, 40, 56)
@@ -124,6 +129,24 @@ def test_batches_hold_every_image_once_and_only_equal_shapes(pairs: list[tuple[i
         assert len(batches) - full <= len(set().union(*shapes)), "one short batch of each shape at most"
 
 
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=60),
+    st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=2), min_size=1, max_size=3),
+    st.integers(1, 8),
+)
+def test_batches_hold_only_equal_shapes_for_all_who_see_them(
+    pairs: list[tuple[int, int]], scales: list[list[int]], largest: int
+) -> None:
+    sizes = np.array(pairs, np.int32)
+    seen = [choose_views("multi-scale", CONFIG, Evaluate(scales=tuple(own))) for own in scales]
+    batches = batches_of([*seen, central_view(CONFIG)], sizes, largest)
+    assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(len(pairs)))
+    assert max(map(len, batches)) <= largest
+    for batch in batches:
+        assert all((box == box[0]).all() for views in seen for box in views.boxes(sizes[batch]))
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [("tencrop", "it is central, flip, ten-crop or multi-scale"), ("ten-crop", "give --views central")],
@@ -182,7 +205,30 @@ def test_counts_are_the_same_on_any_number_of_workers(run, name: str, world_size
     found = scores(run, name, world_size)
     assert len(found) == world_size and len(set(found)) == 1
     assert found[0][:3] == (alone.num_images, alone.num_top1, alone.num_top5)
-    assert found[0][3] == pytest.approx(alone.loss_sum, rel=1e-12)
+    assert found[0][3] == alone.loss_sum
+
+
+def test_networks_of_other_views_are_shown_the_same_images_at_the_same_time(run, data: Path) -> None:  # type: ignore[no-untyped-def]
+    """Each member's probabilities found by itself, in batches of its own, and averaged."""
+    recipe = run.recipe()
+    predict = Predictor(load_network(recipe, choose_checkpoint(run, None)), recipe, CPU)
+    small = CONFIG.model_copy(update={"size": 24, "eval_resize": 28})
+    ways = [("multi-scale", CONFIG, (32, 40)), ("ten-crop", small, ()), ("multi-scale", CONFIG, (24, 37))]
+    seen = [choose_views(name, config, Evaluate(scales=scales or SCALES)) for name, config, scales in ways]
+    probabilities = torch.zeros(15, 3, dtype=torch.float64)
+
+    def observe(ids: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        probabilities[ids] += logits.double().softmax(1) / len(seen)
+
+    with closing(Split(data, "val")) as split, join(Rendezvous.from_environment(), CPU, 60) as group:
+        alone = [evaluate(predict, split, recipe, group, 1, views, observe) for views in seen]
+        *each, together = evaluate_ensemble([Member(predict, views) for views in seen], split, 4, group, 1)
+        labels = torch.from_numpy(split.labels.astype(np.int64))
+    for one, expected in zip(each, alone, strict=True):
+        assert (one.num_top1, one.num_top5) == (expected.num_top1, expected.num_top5)
+        assert one.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+    assert together.num_top1 == int((probabilities.argmax(1) == labels).sum())
+    assert together.loss_sum == pytest.approx(-float(probabilities[range(15), labels].log().sum()), rel=1e-5)
 
 
 def test_the_command_takes_the_views_and_names_those_there_are(run) -> None:  # type: ignore[no-untyped-def]

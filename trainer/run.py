@@ -64,7 +64,7 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
 
 
 def _choose_algorithms(deterministic: bool) -> None:
-    """On GPUs: the same algorithms at every start, or the fastest found by trying. Before anything is computed there."""
+    """On GPUs: the same algorithms at every start, or the fastest found by trying. Before anything is computed."""
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:

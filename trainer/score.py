@@ -39,7 +39,7 @@ class How:
 
     Attributes:
         device: "auto", "cpu" or "cuda".
-        threads: CPU threads a worker (0: cores / workers).
+        threads: CPU threads a worker (0: cores / workers, or 1 where a recipe is deterministic).
         views: a name in `data_pipeline.views.VIEWS`.
         weights: None for what each recipe says.
         norm_batches: micro-batches for exact batch-norm statistics, 0 for the moving average; None for what each
@@ -85,7 +85,7 @@ def score_checkpoints(
     data = data or _common_data(targets)
     cache = None if isinstance(data, Path) else Cache(how.cache_directory, how.cache_bytes)
     rendezvous = Rendezvous.from_environment()
-    threads = how.threads or cores_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = how.threads or _threads_each(recipes)
     torch.set_num_threads(threads)
     with ExitStack() as stack:
         split = stack.enter_context(closing(Split(data, "val", cache)))
@@ -103,6 +103,12 @@ def score_checkpoints(
         scores = evaluate_ensemble(members, split, batch_size, group, threads)
     each = zip(checkpoints, averaged, norm_batches, scores, strict=False)  # the last score may be the ensemble's
     return [Scored(*one) for one in each], scores[-1]
+
+
+def _threads_each(recipes: Sequence[Recipe]) -> int:
+    """As in training, so that a deterministic run scores here what it scored there."""
+    deterministic = any(recipe.deterministic for recipe in recipes)
+    return 1 if deterministic else cores_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _common_data(targets: Sequence[Target]) -> Location:
