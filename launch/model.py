@@ -10,7 +10,7 @@ from rich.table import Table
 from configs import LonghaulError, Recipe, load_recipe
 from configs.load import RECIPE_DIRECTORY, apply_overrides, parse_recipe
 from data_pipeline.cache import parse_bytes, readable
-from trainer.count import Costs, Layer, count
+from trainer.count import Costs, Layer, count, count_inference
 from trainer.fit import RESERVE, footprint, largest_micro_batch
 from trainer.models import MODELS
 
@@ -42,9 +42,9 @@ def list_models(console: Console) -> None:
         table.add_column(heading, justify="right")
     for name in MODELS:
         subject = _of_network(name, (), None, None)
-        costs = count(subject.recipe.model, subject.classes, subject.size, "fp32")
+        parameters, multiply_adds = count_inference(subject.recipe.model, subject.classes, subject.size)
         shortcut = "" if "plain" in name else subject.recipe.model.shortcut
-        table.add_row(name, _square(subject.size), shortcut, f"{costs.parameters:,}", _giga(costs.multiply_adds))
+        table.add_row(name, _square(subject.size), shortcut, f"{parameters:,}", _giga(multiply_adds))
     console.print(table)
     console.print(
         "And the classifiers of two libraries, with random weights: torchvision:NAME (torchvision:vgg16, "
