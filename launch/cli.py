@@ -320,6 +320,37 @@ def export(
     )  # fmt: skip
 
 
+@app.command(
+    epilog="Examples:  longhaul model   |   longhaul model resnet50 --memory 80GB   |   "
+    "longhaul model resnet34 shortcut=C --layers   |   longhaul model timm:resnet50d --size 160 --optimizer lamb   |   "
+    "longhaul model paper-resnet50"
+)
+def model(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A network (torchvision:NAME and timm:NAME too), or a recipe; left out: all of ours."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to the recipe's model section, as stride=v1 shortcut=C.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels a side (the recipe's; 32 of cifar-*, else 224).")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="(The recipe's; 10 of cifar-*, else 1000.)")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 (the recipe's, else bf16).")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd, lars or lamb (the recipe's, else sgd).")] = None,
+    memory: Annotated[str | None, typer.Option(help="Of one device, as 80GB: how large may a micro-batch be?")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Every layer rather than every stage.")] = False,
+) -> None:
+    """Show a network's layers, parameters, multiply-adds, and the memory that training it takes."""
+    from launch.model import list_models, show_model
+
+    if name is None:
+        list_models(console)
+    else:
+        show_model(console, name, overrides or (), size, classes, precision, optimizer, memory, layers)
+
+
 @app.command(epilog="Example:  longhaul doctor")
 def doctor() -> None:
     """Say what of DALI, CUDA, NCCL, apex and Ray is there, and what will be used."""

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from configs import LonghaulError
 from configs.schema import Model
+from trainer.count import count_inference, without_memory
 from trainer.models import MODELS, build_model
 
 # --- shapes ------------------------------------------------------------------------------------------------------
@@ -33,49 +35,38 @@ IMAGENET = [
 CIFAR = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274}
 
 
-def on_meta(config: Model, num_classes: int) -> nn.Module:
-    """The network without memory or arithmetic."""
-    with torch.device("meta"):
-        return build_model(config, num_classes, seed=0)
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def multiply_adds(model: nn.Module, size: int) -> int:
-    """Of the convolutions and the linear layer, for one image."""
-    total = 0
-
-    def count(module: nn.Module, _: object, output: torch.Tensor) -> None:
-        nonlocal total
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        places = output[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
-        total += weight.numel() * places
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(count)
-    model.eval()(torch.empty(1, 3, size, size, device="meta"))
-    return total
-
-
 @pytest.mark.parametrize(("name", "stride", "shortcut", "count", "gmacs"), IMAGENET)
 def test_an_imagenet_network_has_the_published_parameters_and_multiply_adds(
     name: str, stride: str, shortcut: str, count: int, gmacs: float
 ) -> None:
-    model = on_meta(Model(name=name, stride=stride, shortcut=shortcut), 1000)  # type: ignore[arg-type]
-    assert parameters(model) == count
-    assert multiply_adds(model, 224) / 1e9 == pytest.approx(gmacs, abs=0.0005)
+    config = Model(name=name, stride=stride, shortcut=shortcut)  # type: ignore[arg-type]
+    parameters, multiply_adds = count_inference(config, 1000, 224)
+    assert parameters == count
+    assert multiply_adds / 1e9 == pytest.approx(gmacs, abs=0.0005)
 
 
 @pytest.mark.parametrize("kind", ["plain", "resnet"])
 @pytest.mark.parametrize(("layers", "count"), CIFAR.items())
 def test_a_cifar_network_has_the_published_parameters_and_its_layers(layers: int, count: int, kind: str) -> None:
-    model = on_meta(Model(name=f"cifar-{kind}{layers}", shortcut="A"), 10)
-    assert parameters(model) == count
-    assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()) == layers
+    config = Model(name=f"cifar-{kind}{layers}", shortcut="A")
+    assert count_inference(config, 10, 32) == (count, cifar_multiply_adds((layers - 2) // 6))
+    modules = without_memory(config, 10).modules()
+    assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in modules) == layers
+
+
+def cifar_multiply_adds(n: int) -> int:
+    """Of section 4.2: the stem, 2n convolutions a stage, of which the first sees half as many channels, 64 x 10."""
+    stages = [(16, 16, 32), (16, 32, 16), (32, 64, 8)]  # channels before and within, pixels a side
+    inside = sum(9 * width * side**2 * (before + (2 * n - 1) * width) for before, width, side in stages)
+    return 3 * 9 * 16 * 32**2 + inside + 640
+
+
+@pytest.mark.parametrize(("name", "gmacs"), [("vgg16", 15.3), ("vgg19", 19.6)])
+def test_vgg_has_the_multiply_adds_that_the_paper_compares_with(name: str, gmacs: float) -> None:
+    # Of the convolutions alone: with the fully connected layers it is 0.12 more.
+    _, multiply_adds = count_inference(Model(name=f"torchvision:{name}"), 1000, 224)
+    fully_connected = 25_088 * 4_096 + 4_096 * 4_096 + 4_096 * 1_000
+    assert (multiply_adds - fully_connected) / 1e9 == pytest.approx(gmacs, abs=0.06)
 
 
 def test_every_model_is_in_these_tables() -> None:
@@ -84,7 +75,9 @@ def test_every_model_is_in_these_tables() -> None:
 
 
 def test_an_unknown_model_is_refused_with_those_there_are() -> None:
-    with pytest.raises(LonghaulError, match=r"no model 'resnet51'; known are plain18, .*cifar-resnet1202\."):
+    with pytest.raises(
+        LonghaulError, match=r"no model 'resnet51' \(did you mean 'resnet\d+'\?\); known are plain18, .*1202, "
+    ):
         build_model(Model(name="resnet51"), 10, 0)
 
 
@@ -100,7 +93,7 @@ def test_option_a_pads_channels_and_takes_every_second_pixel() -> None:
 
 @pytest.mark.parametrize("stride", ["v1", "v1.5"])
 def test_the_stride_stands_where_its_version_says(stride: str) -> None:
-    model = on_meta(Model(name="resnet50", stride=stride), 1000)  # type: ignore[arg-type]
+    model = without_memory(Model(name="resnet50", stride=stride), 1000)  # type: ignore[arg-type]
     for stage in ("layer2", "layer3", "layer4"):
         convolutions = [model.get_submodule(f"{stage}.0.conv{i}") for i in (1, 2, 3)]
         strides = [convolution.stride for convolution in convolutions]
@@ -110,13 +103,14 @@ def test_the_stride_stands_where_its_version_says(stride: str) -> None:
 # --- exchange with torchvision -----------------------------------------------------------------------------------
 
 EXCHANGED = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+LIBRARIES = ["torchvision", "timm"]
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("name", EXCHANGED)
-def test_state_dicts_have_torchvisions_keys_and_shapes_in_its_order(name: str) -> None:
-    with torch.device("meta"):
-        theirs = getattr(torchvision.models, name)()
-    ours = on_meta(Model(name=name), 1000)
+def test_state_dicts_have_the_libraries_keys_and_shapes_in_their_order(name: str, library: str) -> None:
+    theirs = without_memory(Model(name=f"{library}:{name}"), 1000)
+    ours = without_memory(Model(name=name), 1000)
     assert [(k, v.shape, v.dtype) for k, v in ours.state_dict().items()] == [
         (k, v.shape, v.dtype) for k, v in theirs.state_dict().items()
     ]
@@ -134,11 +128,12 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
-def test_outputs_equal_torchvisions_with_weights_loaded_either_way(name: str) -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_outputs_equal_the_libraries_with_weights_loaded_either_way(name: str, library: str) -> None:
     torch.manual_seed(0)
     ours = randomise(build_model(Model(name=name), 10, 1)).eval()
-    theirs = getattr(torchvision.models, name)(num_classes=10).eval()
+    theirs = build_model(Model(name=f"{library}:{name}"), 10, 2).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert not torch.allclose(ours(images), theirs(images), atol=1e-3)
@@ -226,3 +221,45 @@ def test_zero_init_gamma_makes_every_block_its_shortcut(name: str, last: str) ->
     block = model.get_submodule("layer1.1")
     x = torch.rand(2, 16 if "cifar" in name else 64 if last == "bn2" else 256, 8, 8)
     assert torch.equal(block(x), x)
+
+
+# --- stochastic depth --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_stochastic_depth_drops_what_timm_drops(name: str) -> None:
+    ours = build_model(Model(name=name, drop_path=0.5), 10, 1).train()
+    theirs = build_model(Model(name=f"timm:{name}", drop_path=0.5), 10, 2).train()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        outputs.append(model(images))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
+    torch.manual_seed(4)
+    assert not torch.allclose(ours(images), outputs[0], atol=1e-2)
+
+
+def test_stochastic_depth_grows_linearly_changes_no_key_and_sleeps_in_evaluation() -> None:
+    dropping, plain = (build_model(Model(name="cifar-resnet20", drop_path=rate), 10, 0) for rate in (0.4, 0.0))
+    rates = [module.p for module in dropping.modules() if isinstance(module, StochasticDepth)]
+    assert rates == pytest.approx([0.05 * block for block in range(1, 9)])  # the first of nine has none
+    assert equal(dropping, plain) and list(dropping.state_dict()) == list(plain.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(dropping.eval()(images), plain.eval()(images))
+
+
+def test_a_dropped_sample_is_the_blocks_input_and_a_kept_one_is_scaled() -> None:
+    block = build_model(Model(name="resnet50", drop_path=0.6), 10, 0).get_submodule("layer4.2").train()
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    x = torch.rand(64, 2048, 2, 2)
+    with torch.no_grad():
+        out = block(x)
+        residual = block.bn3(block.conv3(block.bn2(block.conv2(block.bn1(block.conv1(x)).relu())).relu()))  # type: ignore[operator]
+    kept = torch.tensor([not torch.equal(a, b) for a, b in zip(out, x, strict=True)])
+    assert 10 <= kept.sum() <= 42  # of 64, each with probability 0.4
+    torch.testing.assert_close(out[kept], (x + residual / 0.4).relu()[kept], rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ seconds to import, and are imported only where a network of theirs is built.
 import difflib
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -55,7 +56,7 @@ def _timm(name: str, num_classes: int, drop_path: float) -> nn.Module:
             f"timm:{name}: '{tag}' names pretrained weights, and training starts from random ones: give "
             f"timm:{architecture}."
         )
-    options = {"drop_path_rate": drop_path} if drop_path else {}
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     try:
         model = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
     except TypeError:

@@ -24,7 +24,7 @@ from trainer.group import Group, Rendezvous, free_port, join, pick_device
 
 CLASSES, SIZE = 1000, 224
 # Bytes a second of device memory, by name; bytes of an image's traffic in bf16 (ResNet-50 at 224, forward and backward,
-# computed) with every layer reading and writing once, and with batch norm, ReLU and addition fused into their neighbours.
+# computed) with every layer reading and writing once, and with batch norm, ReLU and addition fused into neighbours.
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
 TRAFFIC = {"eager": 464e6, "fused": 335e6}
 
