@@ -92,7 +92,8 @@ def test_the_commands_of_a_recipe_are_commands(name: str) -> None:
     if recipe.data is None:
         assert parsed["train"]["data"] == str(parsed["prepare"]["out"])
     if "eval" in parsed:
-        assert parsed["eval"]["target"] == parsed["train"]["name"] and parsed["eval"]["views"] in VIEWS
+        (words,) = [words for words in typed if words[0] == "eval"]
+        assert words[1] == parsed["train"]["name"] and parsed["eval"]["views"] in VIEWS
 
 
 def leaves(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
