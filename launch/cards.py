@@ -37,9 +37,7 @@ def write_table(console: Console, readme: Path, cards: Path) -> None:
     """`longhaul card --readme FILE`."""
     found = read_cards(cards)
     if not found:
-        raise LonghaulError(
-            f"There are no cards in {cards}: make one with `longhaul card RUN --out {cards}/NAME.json`."
-        )
+        raise LonghaulError(f"There are no cards in {cards}: make one with `longhaul card RUN --out FILE`.")
     write_atomically(readme, with_table(readme.read_text(), results_table(found), readme))
     console.print(f"{shown_path(readme)}: {len(found)} cards", highlight=False)
 

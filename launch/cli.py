@@ -110,6 +110,19 @@ def prepare(
     prepare_data(console, source, out, holdout, options, shard_mib, shuffle, jobs, workers, restart)
 
 
+@app.command(epilog="Examples:  longhaul recipes   |   longhaul recipes resnet50")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one, a name or a path.", show_default=False)] = None,
+) -> None:
+    """List the recipes with what to expect of them, or show one: its command, source, and every value."""
+    from launch.recipes import show_recipe, show_recipes
+
+    if name is None:
+        show_recipes(console)
+    else:
+        show_recipe(console, name)
+
+
 @app.command(
     epilog="Examples:  longhaul train digits --name demo --workers 2   |   "
     "longhaul train resnet50 seed=1 schedule.lr=0.5 --data data/imagenet --name rn50   |   "
@@ -203,29 +216,6 @@ def verify(
     from launch.commands import verify_run
 
     verify_run(console, run, data, runs)
-
-
-@app.command(epilog="Example:  longhaul report demo")
-def report(
-    run: Annotated[str, typer.Argument(help="A run's name or directory.")], runs: RunsOption = Path("runs")
-) -> None:
-    """Write report.html: curves, throughput, failures, and what limits the run."""
-    from launch.commands import report_run
-
-    report_run(console, run, runs)
-
-
-@app.command(epilog="Examples:  longhaul recipes   |   longhaul recipes resnet50")
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show this one, a name or a path.", show_default=False)] = None,
-) -> None:
-    """List the recipes with what to expect of them, or show one: its command, source, and every value."""
-    from launch.recipes import show_recipe, show_recipes
-
-    if name is None:
-        show_recipes(console)
-    else:
-        show_recipe(console, name)
 
 
 @app.command(
@@ -349,6 +339,16 @@ def model(
         list_models(console)
     else:
         show_model(console, name, overrides or (), size, classes, precision, optimizer, memory, layers)
+
+
+@app.command(epilog="Example:  longhaul report demo")
+def report(
+    run: Annotated[str, typer.Argument(help="A run's name or directory.")], runs: RunsOption = Path("runs")
+) -> None:
+    """Write report.html: curves, throughput, failures, and what limits the run."""
+    from launch.commands import report_run
+
+    report_run(console, run, runs)
 
 
 @app.command(epilog="Example:  longhaul doctor")

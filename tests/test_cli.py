@@ -140,7 +140,7 @@ def test_doctor_says_what_will_be_used(cli) -> None:  # type: ignore[no-untyped-
         assert component in output
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "eval", "verify", "report", "doctor"])
+@pytest.mark.parametrize("command", ["prepare", "recipes", "train", "eval", "verify", "card", "report", "doctor"])
 def test_every_command_shows_examples(cli, command: str) -> None:  # type: ignore[no-untyped-def]
     code, output = cli(command, "--help")
     assert code == 0 and f"longhaul {command}" in " ".join(output.split())
