@@ -41,10 +41,10 @@ def export_checkpoint(
     ema = "-ema" if trained.averaged else ""
     out = (out or run.path / "export" / f"{run.name}-{saved.path.name}{ema}{form.suffix}").absolute()
     with choose_images(data, cache_dir, cache_bytes).open(run, "val", "train") as split:
-        console.print(
-            f"{shown_path(saved.path)}: writing, and comparing on images of {split.location} ...", highlight=False
-        )
-        found = export(trained, form, split, out, num_images, force)
+        with console.status("Writing, loading again and comparing ..."):
+            found = export(trained, form, split, out, num_images, force)
+        kind_of_images = "held-out" if split.manifest.splits.get("val") else "training"
+        console.print(f"{shown_path(saved.path)}, on {kind_of_images} images of {split.location}:", highlight=False)
     for line in found:
         console.print(escape(line), highlight=False)
     name = trained.recipe.model.name.rpartition(":")[2]

@@ -80,9 +80,7 @@ def analyse(analysis: Analysis, tell: Tell) -> Path:
     for section in (_curves, _responses, _confusions, _filters):
         section(found, page, tell)
     if not page.files:
-        raise LonghaulError(
-            f"There is nothing to analyse yet in {', '.join(str(r.path) for r in analysis.runs.values())}."
-        )
+        raise LonghaulError(f"There is nothing to analyse yet of {', '.join(analysis.runs)}.")
     return page.write(" and ".join(analysis.runs))
 
 

@@ -85,7 +85,9 @@ def draw_curves(curves: Mapping[str, Curves]) -> str:
             ("training", smooth(found.training, length), "dashed"),
         ):
             last = f"{points[-1][1]:.2f} %" if points else "not measured yet"
-            lines.append(Line(f"{name}, {kind}: {last}", colour(index), points, style, dots=len(points) < 40))
+            lines.append(
+                Line(f"{name}, {kind}: {last}", colour(index), points, style, dots=style == "bold" and len(points) < 40)
+            )
     highest = max(line.points[-1][1] for line in lines if line.points)
     return plot(lines, "iterations", "error (%)", min(2 * highest, 100.0))
 

@@ -17,7 +17,7 @@ def first_filters(network: nn.Module) -> NDArray[np.float32]:
     none that sees images."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == 3 and module.groups == 1:
-            return module.weight.detach().float().cpu().numpy()
+            return module.weight.detach().float().cpu().numpy().copy()
     raise LonghaulError("The network has no convolution of the three colours: there are no filters to draw.")
 
 
