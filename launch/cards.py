@@ -53,7 +53,7 @@ def with_table(text: str, table: str, source: Path) -> str:
 
 def results_table(cards: Mapping[str, Card]) -> str:
     """The cards as a Markdown table."""
-    lines = ["| recipe | top-1 | runs | published | steps | a run took | on |", "|---|---|---|---|---|---|---|"]
+    lines = ["| recipe | top-1 | runs | expected | steps | a run took | on |", "|---|---|---|---|---|---|---|"]
     for file, card in cards.items():
         runs = card["runs"]
         minutes = sum(run["seconds"] for run in runs) / len(runs) / 60

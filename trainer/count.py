@@ -102,7 +102,7 @@ def count(config: Model, num_classes: int, size: int, precision: str) -> Costs:
             return count_network(network, size, precision)
     except (RuntimeError, AssertionError, ValueError) as error:
         why = " ".join(str(error).split()).rstrip(".")[:200]
-        raise LonghaulError(f"The network {config.name} does not take {size} x {size} images: {why}.") from error
+        raise LonghaulError(f"The network {config.name} does not take {size}x{size} images: {why}.") from error
 
 
 def count_inference(config: Model, num_classes: int, size: int) -> tuple[int, int]:
