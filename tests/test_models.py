@@ -47,10 +47,14 @@ def test_an_imagenet_network_has_the_published_parameters_and_multiply_adds(
 
 @pytest.mark.parametrize("kind", ["plain", "resnet"])
 @pytest.mark.parametrize(("layers", "count"), CIFAR.items())
-def test_a_cifar_network_has_the_published_parameters_and_its_layers(layers: int, count: int, kind: str) -> None:
+def test_a_cifar_network_has_the_published_parameters_and_multiply_adds(layers: int, count: int, kind: str) -> None:
     config = Model(name=f"cifar-{kind}{layers}", shortcut="A")
     assert count_inference(config, 10, 32) == (count, cifar_multiply_adds((layers - 2) // 6))
-    modules = without_memory(config, 10).modules()
+
+
+@pytest.mark.parametrize("layers", [20, 110])
+def test_a_cifar_network_has_the_layers_of_its_name(layers: int) -> None:
+    modules = without_memory(Model(name=f"cifar-resnet{layers}", shortcut="A"), 10).modules()
     assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in modules) == layers
 
 
@@ -61,12 +65,13 @@ def cifar_multiply_adds(n: int) -> int:
     return 3 * 9 * 16 * 32**2 + inside + 640
 
 
-@pytest.mark.parametrize(("name", "gmacs"), [("vgg16", 15.3), ("vgg19", 19.6)])
+@pytest.mark.parametrize(("name", "gmacs"), [("vgg16", 15.347), ("vgg19", 19.508)])
 def test_vgg_has_the_multiply_adds_that_the_paper_compares_with(name: str, gmacs: float) -> None:
-    # Of the convolutions alone: with the fully connected layers it is 0.12 more.
+    # The paper's 15.3 are of VGG-16's convolutions alone, its 19.6 of VGG-19 with the fully connected layers.
     _, multiply_adds = count_inference(Model(name=f"torchvision:{name}"), 1000, 224)
     fully_connected = 25_088 * 4_096 + 4_096 * 4_096 + 4_096 * 1_000
-    assert (multiply_adds - fully_connected) / 1e9 == pytest.approx(gmacs, abs=0.06)
+    assert (multiply_adds - fully_connected) / 1e9 == pytest.approx(gmacs, abs=0.0005)
+    assert fully_connected / 1e9 == pytest.approx(19.632 - 19.508, abs=0.0005)
 
 
 def test_every_model_is_in_these_tables() -> None:
@@ -128,20 +133,22 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("name", EXCHANGED)
-def test_outputs_equal_the_libraries_with_weights_loaded_either_way(name: str, library: str) -> None:
+def test_outputs_equal_the_libraries_with_weights_loaded_either_way(name: str) -> None:
     torch.manual_seed(0)
     ours = randomise(build_model(Model(name=name), 10, 1)).eval()
-    theirs = build_model(Model(name=f"{library}:{name}"), 10, 2).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert not torch.allclose(ours(images), theirs(images), atol=1e-3)
-        theirs.load_state_dict(ours.state_dict(), strict=True)
-        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
-        randomise(theirs)
-        ours.load_state_dict(theirs.state_dict(), strict=True)
-        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+        for library in LIBRARIES:
+            theirs = without_memory(Model(name=f"{library}:{name}"), 10).eval()
+            weights = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
+            theirs.load_state_dict(weights, strict=True, assign=True)
+            before = ours(images)
+            torch.testing.assert_close(before, theirs(images), rtol=1e-4, atol=1e-4)
+            randomise(theirs)
+            ours.load_state_dict(theirs.state_dict(), strict=True)
+            torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(ours(images), before, atol=1e-3)
 
 
 def test_training_takes_torchvisions_gradients() -> None:
