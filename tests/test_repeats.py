@@ -146,6 +146,7 @@ KEYS = ("order.repeats=3", "batch={size: 192, micro: 48}", "precision=fp32", "du
         "evaluate.every=30it")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_with_repeats_is_verified_and_goes_on_after_a_stop_as_if_there_had_been_none(
     digits: Path, tmp_path: Path
 ) -> None:
