@@ -14,6 +14,7 @@ from trainer.engines.ddp import DdpEngine
 from trainer.group import free_port
 from trainer.job import Job
 from trainer.rundir import RunDirectory
+from trainer.timeline import attempts
 
 # Everything that has a state of its own, at once; the plateau's patience is short enough to be lost twice on the way.
 STATEFUL = (
@@ -127,6 +128,8 @@ def test_a_machine_that_computes_wrongly_for_a_while_costs_nothing_but_time(
     assert run_with_a_fault(job, 40, 46) == 0
     (rollback,) = events(job.run, "rollback")
     assert (rollback["failing_since"], rollback["step"]) == (40, 30)
+    assert events(job.run, "resume")[0]["step"] == 30
+    assert sum(attempt.lost_steps for attempt in attempts(job.run.events())) == 50 - 30
     assert workers.different(workers.final_state(job.run), workers.final_state(healthy)) == []
 
 

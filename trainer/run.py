@@ -94,18 +94,26 @@ class _Worker:
         self.train_split, self.val_split, self.order = train_split, val_split, order
 
     def run(self) -> Outcome:
-        run, group = self.job.run, self.group
         broken: list[tuple[str, str]] = []
-        saved = choose_checkpoint(run, group, broken)
+        result: Outcome | Saved | None = choose_checkpoint(self.job.run, self.group, broken)
+        while not isinstance(result, Outcome):
+            result = self._attempt(result, broken)
+            broken = []
+        return result
+
+    def _attempt(self, saved: Saved | None, broken: list[tuple[str, str]]) -> Outcome | Saved:
+        """From a checkpoint, or the beginning, to the end of the run or of its patience; or to updates that failed, for
+        which the checkpoint to go back to is returned."""
+        run, group = self.job.run, self.group
         attempt = group.from_zero(_next_attempt(run) if group.rank == 0 else None)
         telemetry = Telemetry(run, attempt, 0 if saved is None else saved.step, enabled=group.rank == 0)
         try:
             self._announce(telemetry, saved, broken)
             warn_of_sorted_shards(self.train_split, self.order, telemetry)
             loop, score = self._train(telemetry, saved, attempt)
-            while (since := loop.failing_since()) is not None:
-                saved = roll_back(self.recipe, run, group, telemetry, since)
-                loop, score = self._train(telemetry, saved, attempt)
+            since = loop.failing_since()
+            if since is not None:
+                return roll_back(self.recipe, run, group, telemetry, since)
             if not loop.finished():
                 return Outcome("stopped", loop.step)
             if group.rank == 0:
@@ -119,7 +127,7 @@ class _Worker:
             telemetry.close()
 
     def _train(self, telemetry: Telemetry, saved: Saved | None, attempt: int) -> tuple[Loop, Score | None]:
-        """From a checkpoint, or the beginning, to where the loop ends."""
+        """Let the loop run until it ends by itself."""
         step = 0 if saved is None else saved.step
         last = total_steps(self.recipe, len(self.train_split))
         fetch_ahead(self.train_split, self.order, step, last, self.group, telemetry)

@@ -152,7 +152,8 @@ class DdpEngine:
         for _ in range(2):
             with self._autocast():
                 outputs = self._network(self._laid_out(images))
-            main_logits(outputs).float().sum().backward()
+            parts = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.stack([part.float().sum() for part in parts]).sum().backward()
         self._optimizer.zero_grad()
 
 
