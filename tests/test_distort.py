@@ -489,7 +489,10 @@ def test_trivial_augment_of_real_photographs_is_torchvisions(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("input.auto_augment={kind: trivial}", "there is no 'trivial': give trivial_augment or rand_augment"),
+        (
+            "input.auto_augment={kind: trivial}",
+            "there is no 'trivial': give trivial_augment, rand_augment or timm_rand_augment",
+        ),
         ("input.auto_augment={kind: rand_augment, magnitude: 31}", "input.auto_augment.magnitude"),
         ("input.auto_augment={kind: rand_augment, num_op: 2}", "did you mean 'num_ops'?"),
         ("input.colour_jitter={hue: 0.6}", "input.colour_jitter.hue"),
