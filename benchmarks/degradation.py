@@ -23,9 +23,11 @@ NETWORKS = ("plain20", "resnet20", "plain56", "resnet56")
 
 
 def train(network: str, data: Path, runs: Path, iterations: int, threads: int) -> None:
-    """Train one network, or finish its training."""
+    """Train one network, or finish its training. With torch's momentum, not Caffe's: so it was measured."""
+    if RunDirectory(runs / network).result() is not None:
+        return
     command = [
-        sys.executable, "-m", "launch.cli", "train", "cifar10-resnet20", f"model.name=cifar-{network}",
+        sys.executable, "-m", "launch.cli", "train", f"cifar10-{network}", "optimizer.style=torch",
         f"duration={iterations}it", f"schedule.milestones=[{iterations // 2}it,{iterations * 3 // 4}it]",
         f"evaluate.every={iterations // 8}it", "log.every=50it", f"checkpoint.every={iterations // 8}it",
         "--data", str(data), "--runs", str(runs), "--name", network, "--local", "--threads", str(threads),

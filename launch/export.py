@@ -29,7 +29,7 @@ def export_checkpoint(
     from trainer.export.export import export
     from trainer.export.form import choose_form
     from trainer.run import cores_each
-    from trainer.trained import load_trained
+    from trainer.trained import load_trained, use_exact_statistics
     from trainer.weights import choose_checkpoint
 
     form, kind = choose_form(to), choose_weights(weights)
@@ -40,7 +40,9 @@ def export_checkpoint(
     trained = load_trained(run, saved, kind, torch.device("cpu"), threads)
     ema = "-ema" if trained.averaged else ""
     out = (out or run.path / "export" / f"{run.name}-{saved.path.name}{ema}{form.suffix}").absolute()
-    with choose_images(data, cache_dir, cache_bytes).open(run, "val", "train") as split:
+    images = choose_images(data, cache_dir, cache_bytes)
+    use_exact_statistics(trained, images)
+    with images.open(run, "val", "train") as split:
         with console.status("Writing, loading again and comparing ..."):
             found = export(trained, form, split, out, num_images, force)
         kind_of_images = "held-out" if split.manifest.splits.get("val") else "training"

@@ -178,6 +178,24 @@ def test_cuda_graphs_without_a_gpu_are_refused(tmp_path: Path, digits: Path) -> 
     assert workers.refusal(job) == "compile=cuda-graphs needs a GPU; use compile=default, or compile=eager."
 
 
+GOOGLENET = "model={name: torchvision:googlenet}", "input.crop={kind: resized_crop}", "batch.size=8", "batch.micro=4"
+
+
+def test_a_library_network_with_auxiliary_classifiers_trains_on_two_workers(tmp_path: Path, digits: Path) -> None:
+    sizes = ("input.size=32", "input.eval_resize=32", "duration=2it", "evaluate.batch=128")
+    job = workers.make_job(tmp_path / "run", digits, *GOOGLENET, *sizes)
+    workers.train(job, 2)
+    assert len(events(job.run, "step")) == 2
+    assert {"model.aux1.fc2.weight", "model.fc.weight"} <= workers.final_state(job.run).keys()
+
+
+def test_a_library_network_that_images_are_too_small_for_is_refused_in_one_sentence(
+    tmp_path: Path, digits: Path
+) -> None:
+    job = workers.make_job(tmp_path / "run", digits, *GOOGLENET, "input.size=8", "input.eval_resize=8")
+    assert workers.refusal(job).startswith("The network torchvision:googlenet does not take 8x8 images")
+
+
 @pytest.mark.slow
 def test_a_compiled_run_learns_what_an_eager_one_does(tmp_path: Path, digits: Path, healthy: RunDirectory) -> None:
     job = workers.make_job(tmp_path / "run", digits, "compile=default")

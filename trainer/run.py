@@ -16,9 +16,11 @@ import torch
 from configs import LonghaulError, Recipe
 from data_pipeline.cache import Cache
 from data_pipeline.order import Order, build_order
+from data_pipeline.resolution import size_at
 from data_pipeline.split import Split
 from data_pipeline.storage import Location
 from trainer.checkpoint import Checkpointer, Saved, like, load
+from trainer.count import count
 from trainer.engines import Engine, build_engine
 from trainer.evaluate import Score
 from trainer.fetching import fetch_ahead, require_room, warn_of_sorted_shards
@@ -234,6 +236,9 @@ def _open_data(job: Job, recipe: Recipe) -> tuple[Split, Split | None, Order]:
 def _build(recipe: Recipe, split: Split, group: Group) -> Engine:
     wanted, found_classes = recipe.model.num_classes, len(split.manifest.classes)
     require_scores(recipe, bool(split.manifest.num_samples("val")))
+    if ":" in recipe.model.name:  # ours take any size; where a library's network does not, this says so in one sentence
+        for size in sorted({recipe.input.size, size_at(recipe.input, recipe.batch.size, len(split), 0)}):
+            count(recipe.model, wanted or found_classes, size, recipe.precision)
     if wanted is not None and wanted < found_classes:
         raise LonghaulError(
             f"model.num_classes={wanted} but the data set has {found_classes} classes; leave the key out to follow it."

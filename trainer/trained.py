@@ -15,7 +15,9 @@ from data_pipeline.cache import Cache
 from data_pipeline.loader import Batch, evaluation_batches
 from data_pipeline.split import Split, read_manifest
 from data_pipeline.storage import Location, parse_location
+from trainer.batchnorm import exact_statistics
 from trainer.checkpoint import Saved
+from trainer.group import Rendezvous, free_port, join
 from trainer.rundir import RunDirectory
 from trainer.weights import Weights, load_network, uses_ema
 
@@ -92,6 +94,18 @@ class Images:
         cache = None if isinstance(location, Path) else Cache(self.cache_directory, self.cache_bytes)
         with closing(Split(location, name, cache)) as split:
             yield split
+
+
+def use_exact_statistics(trained: Trained, images: Images) -> None:
+    """Give the network the batch-norm statistics that its recipe evaluates it with, where those are exact ones
+    (`evaluate.exact_batch_norm`), measured on the training split of the same data."""
+    num_micro = trained.recipe.evaluate.exact_batch_norm
+    if not num_micro:
+        return
+    alone = Rendezvous(0, 1, 0, "127.0.0.1", free_port())
+    with images.open(trained.run, "train") as split, join(alone, trained.device, timeout_seconds=600) as group:
+        exact = exact_statistics(trained.network, trained.recipe, split, group, trained.threads, num_micro)
+    trained.network.load_state_dict(exact, strict=False)
 
 
 def spread(num_samples: int, count: int) -> NDArray[np.int64]:

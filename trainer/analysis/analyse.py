@@ -25,7 +25,7 @@ from trainer.analysis.filters import draw_filters, first_filters
 from trainer.analysis.page import Page
 from trainer.analysis.responses import Response, draw_responses, measure_responses, responses_csv
 from trainer.rundir import RunDirectory
-from trainer.trained import Images, Trained, load_trained, spread
+from trainer.trained import Images, Trained, load_trained, spread, use_exact_statistics
 from trainer.weights import Weights, choose_checkpoint
 
 PARTS = ("curves", "responses", "confusion", "filters")
@@ -105,6 +105,8 @@ def _examine(analysis: Analysis, tell: Tell) -> _Found:
         with optional(name, "network"):
             saved = choose_checkpoint(run, None)
             trained = load_trained(run, saved, analysis.weights, analysis.device, analysis.threads)
+            if analysis.wants("responses", "confusion"):
+                use_exact_statistics(trained, analysis.images)
             found.steps[name] = saved.step
             if analysis.wants("responses"):
                 with optional(name, "responses"), analysis.images.open(run, "val") as split:
