@@ -1,5 +1,6 @@
 """`longhaul analyse`: what is drawn and counted is what the events, the network and the images say."""
 
+import copy
 import csv
 import dataclasses
 import io
@@ -28,7 +29,8 @@ from trainer.analysis.curves import Curves, Point, curves_csv, draw_curves, read
 from trainer.analysis.filters import draw_filters, first_filters
 from trainer.analysis.responses import draw_responses, measure_responses, responses_csv
 from trainer.rundir import RunDirectory
-from trainer.trained import Images, Trained, load_trained, spread
+from trainer.score import How, Target, score_checkpoints
+from trainer.trained import Images, Trained, load_trained, spread, use_exact_statistics
 from trainer.weights import choose_checkpoint
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -210,6 +212,20 @@ class Always(nn.Module):
 
 
 COUNTS = Confusion(["cat", "dog", "<owl>", "none"], np.array([[5, 2, 1, 0], [4, 6, 0, 0], [0, 2, 1, 0], [0, 0, 0, 0]]))
+
+
+def test_exact_statistics_are_used_where_the_recipe_evaluates_with_them(trained: Trained) -> None:
+    recipe = trained.recipe
+    before = copy.deepcopy(trained.network.state_dict())
+    use_exact_statistics(trained, Images())
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained.network.state_dict().items())
+    evaluation = recipe.evaluate.model_copy(update={"exact_batch_norm": 3})
+    exact = dataclasses.replace(trained, recipe=recipe.model_copy(update={"evaluate": evaluation}))
+    use_exact_statistics(exact, Images())
+    _, score = score_checkpoints([Target(trained.run)], how=How("cpu", 1, norm_batches=3))
+    with Images().open(trained.run, "val") as split:
+        assert count_confusion(exact, split).top1 == score.as_dict()["top1"]
+    assert not torch.equal(before["bn1.running_mean"], exact.network.state_dict()["bn1.running_mean"])
 
 
 def test_confusion_by_hand() -> None:

@@ -26,7 +26,7 @@ from data_pipeline.views import central_view
 from launch.cli import app
 from tests.workers import in_processes, make_job, small_recipe, state_of, train
 from trainer.batchnorm import exact_statistics, replaced_statistics
-from trainer.checkpoint import MANIFEST, directory_name
+from trainer.checkpoint import FORMAT, MANIFEST, directory_name
 from trainer.evaluate import Member, Score, evaluate, evaluate_ensemble, log_mean
 from trainer.group import Group
 from trainer.job import Job
@@ -267,7 +267,7 @@ def write_checkpoint(run: RunDirectory, state: dict[str, torch.Tensor]) -> None:
         file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for file in path.iterdir()
     }
-    (path / MANIFEST).write_text(json.dumps({"format": 2, "step": 25, "num_classes": 10, "files": files}))
+    (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": 25, "num_classes": 10, "files": files}))
 
 
 # --- batch norm --------------------------------------------------------------------------------------------------
