@@ -76,7 +76,11 @@ def _deepspeed() -> Row:
 def _apex() -> Row:
     # The extension, not the package: a Python-only build imports, then fails; the index's `apex` is another thing.
     found = importlib.util.find_spec("amp_C") is not None
-    return "apex (amp_C)", "there" if found else "not there", "not used: torch's fused SGD does the same work"
+    return (
+        "apex (amp_C)",
+        "there" if found else "not there",
+        "optimizer.implementation=apex uses it; torch's fused kernels do the same work",
+    )
 
 
 def _ray() -> Row:

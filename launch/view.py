@@ -32,6 +32,7 @@ class View:
         self._task: Any = None
         self.last: Event = {}
         self.errors: list[str] = []
+        self._skipped = 0
 
     def follow(self, alive: Callable[[], bool]) -> None:
         """Show events until `alive()` is false; an interrupt (Ctrl-C) comes through to the caller."""
@@ -82,6 +83,14 @@ class View:
             self.last = event
 
     def _show_step(self, event: Event) -> None:
+        skipped = int(event.get("num_skipped", 0))
+        if skipped > self._skipped:
+            scale = f" (the loss scale is {event['loss_scale']:g})" if "loss_scale" in event else ""
+            count = f"{skipped} update{'s' * (skipped > 1)} so far"
+            self.console.print(
+                f"[yellow]Step {event['step']}: {count} skipped for gradients that are not finite{scale}"
+            )
+        self._skipped = skipped
         figures = (
             f"epoch {event['epoch']:.2f}  loss {_number(event['loss'])}  lr {event['lr']:.4g}  "
             f"{event['images_per_second']:,.0f} images/s"

@@ -1,5 +1,6 @@
 """Updates in real runs: what decides the next one is in the checkpoint, and what is not finite is survived."""
 
+import io
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -7,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from launch.view import View
 from tests import workers
 from trainer.checkpoint import newest_valid
 from trainer.engines.ddp import DdpEngine
 from trainer.group import free_port
 from trainer.job import Job
+from trainer.report import write_report
 from trainer.rundir import RunDirectory
 from trainer.timeline import attempts
 
@@ -106,6 +110,15 @@ def _with_a_fault(job: Job, first: int, last: int) -> None:
     workers._main(job, 0, 1, free_port())
 
 
+def shown(run: RunDirectory) -> str:
+    """What a terminal that looks on is told of a run from its beginning."""
+    console = Console(file=io.StringIO(), width=200)
+    view = View(run, console)
+    view._offset = 0
+    view.follow(lambda: False)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def run_with_a_fault(job: Job, first: int, last: int) -> int:
     process = workers._CONTEXT.Process(target=_with_a_fault, args=(job, first, last))
     process.start()
@@ -139,6 +152,8 @@ def test_a_bad_gradient_is_skipped_and_counted_and_the_run_goes_on(
     job = workers.make_job(tmp_path / "run", digits, "gradients.max_skipped=6")
     assert run_with_a_fault(job, 40, 42) == 0
     assert [e["num_skipped"] for e in events(job.run, "step")][38:44] == [0, 0, 1, 2, 2, 2]
+    assert "Updates skipped</dt><dd>2<" in write_report(job.run).read_text()
+    assert "Step 42: 2 updates so far skipped" in shown(job.run)
     state = workers.final_state(job.run)
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert workers.different(state, workers.final_state(healthy))

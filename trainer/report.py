@@ -112,6 +112,9 @@ def _figures(recipe: Recipe, result: Mapping[str, Any], events: Sequence[Event])
         ("Engine", recipe.engine.name, ""),
         ("Precision", recipe.precision, ""),
     ]
+    skipped = int(steps[-1].get("num_skipped", 0)) if steps else 0
+    if skipped:
+        items.append(("Updates skipped", f"{skipped:,}", "their gradients were not finite"))
     cells = (
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
         for name, value, note in items
@@ -141,6 +144,7 @@ def _curves(events: Sequence[Event]) -> Html:
         figure("Training loss", [series("loss", "one", steps, "loss")], axis, marks, lambda v: f"{v:,.4g}"),
         figure("Top-1", accuracy, axis, marks, percent, 1.0, lambda v: f"{v:.0%}"),
         figure("Learning rate", [series("rate", "one", steps, "lr")], axis, marks, lambda v: f"{v:,.4g}"),
+        figure("Gradient norm", [series("norm", "one", steps, "gradient_norm")], axis, marks, lambda v: f"{v:,.4g}"),
         figure(
             "Throughput", [series("images/s", "one", steps, "images_per_second")], axis, marks, lambda v: f"{v:,.0f}"
         ),
