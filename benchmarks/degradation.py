@@ -47,6 +47,7 @@ def curves(run: Path) -> dict[str, Any]:
         "test_error": held_out[-1][1],
         "training": training,
         "test": held_out,
+        "commit": next(e["commit"] for e in events(run) if e["event"] == "start"),
         "seconds": (RunDirectory(run).result() or {}).get("seconds"),
     }
 

@@ -4,8 +4,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +17,7 @@ from trainer.cards import Card, make_card, read_cards
 from trainer.rundir import RunDirectory, write_atomically
 
 BEGIN, END = "<!-- results: made by `longhaul card --readme`, do not edit -->", "<!-- end of results -->"
+_NO_MATTER = ("checkpoint.", "evaluate.every=", "log.", "precision=")  # to what is expected
 _PACKAGES = {"dali": "nvidia-dali-cuda130", "numpy": "numpy"}
 
 
@@ -28,7 +27,7 @@ def write_card(
     """`longhaul card RUN... --out FILE`."""
     found = [find_run(name, runs) for name in names]
     versions = {"python": platform.python_version(), **{key: version(name) for key, name in _PACKAGES.items()}}
-    card = make_card(found, recipe, machine or _machine_of(found), _commit(), versions)
+    card = make_card(found, recipe, machine or _machine_of(found), versions)
     write_atomically(out, json.dumps(card, indent=1) + "\n")
     console.print(f"{shown_path(out)}: {card['recipe']}, top-1 {score_text(card)}", highlight=False)
 
@@ -58,12 +57,14 @@ def results_table(cards: Mapping[str, Card]) -> str:
         runs = card["runs"]
         minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
         workers = runs[0]["workers"]
-        what = f"[`{' '.join([card['recipe'], *card['overrides']])}`](benchmarks/results/cards/{file}.json)"
+        changed = [override for override in card["overrides"] if not override.startswith(_NO_MATTER)]
+        what = f"[`{card['recipe']}`](benchmarks/results/cards/{file}.json)"
         cells = (
-            what + (" (an older recipe)" if "superseded" in card else ""),
+            " ".join([what, *(f"`{override}`" for override in changed)])
+            + (" (an older recipe)" if "superseded" in card else ""),
             score_text(card),
             str(len(runs)),
-            read_header(card["recipe"]).short("Expected"),
+            "" if changed else read_header(card["recipe"]).short("Expected"),
             f"{runs[0]['steps']:,}",
             f"{minutes:.1f} min",
             f"{card['machine']}, {workers} worker{'s' if workers > 1 else ''}",
@@ -93,12 +94,3 @@ def _machine_of(runs: Sequence[RunDirectory]) -> str:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    """The commit of the code, with "-dirty" where files differ from it; "unknown" outside a checkout."""
-    here = Path(sys.modules["trainer"].__path__[0])
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True
-    )
-    return done.stdout.strip() if done.returncode == 0 else "unknown"

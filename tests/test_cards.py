@@ -103,7 +103,7 @@ def test_a_card_holds_runs_that_differ_in_their_seed_alone(runs: Path, tmp_path:
     assert card["runs"][0]["workers"] == 1 and card["machine"] and card["data_sha256"]
     assert is_whole(card) and changes(card) == []
     assert load_recipe("digits", card["overrides"]).duration.text == "4it"
-    assert "std" not in make_card([RunDirectory(runs / "a")], None, "here", "0", {})["top1"]
+    assert "std" not in make_card([RunDirectory(runs / "a")], None, "here", {})["top1"]
 
 
 def set_key(key: str, value: Any) -> Callable[[RunDirectory], None]:
@@ -162,7 +162,7 @@ def test_runs_that_were_made_elsewhere_must_be_described(altered: Callable[..., 
 
 
 def test_a_change_of_the_recipe_or_of_the_card_is_found(runs: Path) -> None:
-    card = make_card([RunDirectory(runs / "a")], None, "here", "0", {})
+    card = make_card([RunDirectory(runs / "a")], None, "here", {})
     older = {**card, "resolved": {**card["resolved"], "batch": {"size": 32, "micro": 32}}}
     assert changes(older) == ["batch.size: 32 -> 64"] and not is_whole(older)
     assert not is_whole({**card, "top1": {"mean": 1.0}})

@@ -21,15 +21,12 @@ Card = dict[str, Any]
 _APART = {"description", "seed"}  # what runs of one card may differ in
 
 
-def make_card(
-    runs: Sequence[RunDirectory], name: str | None, machine: str, commit: str, versions: dict[str, str]
-) -> Card:
+def make_card(runs: Sequence[RunDirectory], name: str | None, machine: str, versions: dict[str, str]) -> Card:
     """The card of finished runs of one recipe, of each seed one.
 
     Args:
         name: the recipe's, built in or a path; None: that of the built-in one with the fewest differences.
         machine: where they ran, in words.
-        commit: of the code that ran.
         versions: of what they ran with, by package; torch's is added from the runs.
 
     Raises LonghaulError where the runs do not belong on one card.
@@ -48,7 +45,7 @@ def make_card(
         **{key: _summary([score[key] for score in scores]) for key in ("top1", "top5")},
         "runs": scores,
         "machine": machine,
-        "commit": commit,
+        "commit": ", ".join(sorted({start.get("commit", "unknown") for start in starts})),
         "versions": {**versions, "torch": starts[0]["torch"]},
         "data_sha256": starts[0]["data_sha256"],
         "resolved": resolved,

@@ -30,6 +30,7 @@ from trainer.job import Job
 from trainer.ledger import Ledger, Recorder
 from trainer.loop import Loop
 from trainer.memory import keep_freed_memory
+from trainer.provenance import commit
 from trainer.resume import choose_checkpoint, roll_back
 from trainer.rundir import RunDirectory, settle_recipe, write_atomically
 from trainer.schedules import require_scores, total_steps
@@ -170,6 +171,7 @@ class _Worker:
         telemetry.event(
             "start", world_size=self.group.world_size, workers=workers, data=str(self.job.data), data_sha256=data_hash,
             step=0 if saved is None else saved.step, recipe_sha256=_recipe_hash(self.recipe), torch=torch.__version__,
+            commit=commit() if self.group.rank == 0 else "",
         )  # fmt: skip
         if saved is not None:
             telemetry.event("resume", step=saved.step, path=str(saved.path), saved_by=saved.manifest["world_size"])
