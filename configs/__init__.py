@@ -4,7 +4,7 @@ This room knows nothing of data, models or clusters; every other room may import
 """
 
 from configs.duration import Duration
-from configs.errors import LonghaulError
+from configs.errors import LonghaulError, did_you_mean
 from configs.header import Header, read_header
 from configs.load import apply_overrides, dump, find_recipe, list_recipes, load_recipe, parse_recipe
 from configs.schema import Recipe
@@ -15,6 +15,7 @@ __all__ = [
     "LonghaulError",
     "Recipe",
     "apply_overrides",
+    "did_you_mean",
     "dump",
     "find_recipe",
     "list_recipes",

@@ -1,6 +1,5 @@
 """Loading recipes: YAML, `extends`, dotted overrides, and errors that name the file, the key and the mend."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from configs.errors import LonghaulError
+from configs.errors import LonghaulError, did_you_mean
 from configs.schema import Recipe
 
 RECIPE_DIRECTORY = Path(__file__).parent
@@ -29,7 +28,7 @@ def find_recipe(name: str) -> Path:
     path = RECIPE_DIRECTORY / f"{name}.yaml"
     if not path.is_file():
         raise LonghaulError(
-            f"There is no recipe '{name}'{_nearest(name, list_recipes())}; `longhaul recipes` lists all."
+            f"There is no recipe '{name}'{did_you_mean(name, list_recipes())}; `longhaul recipes` lists all."
         )
     return path
 
@@ -144,7 +143,7 @@ def _describe(error: ValidationError) -> str:
     for item in error.errors():
         key = _dotted(item["loc"])
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key '{key}'{_nearest(str(item['loc'][-1]), _fields_at(item['loc'][:-1]))}")
+            problems.append(f"unknown key '{key}'{did_you_mean(str(item['loc'][-1]), _fields_at(item['loc'][:-1]))}")
         elif item["type"] == "missing":
             problems.append(f"the key '{key}' is missing")
         elif item["type"] == "union_tag_not_found":
@@ -204,8 +203,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""

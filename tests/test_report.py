@@ -44,6 +44,7 @@ def steps(time: float, attempt: int, step: int, seconds: float = 0.5, wait: floa
     return {
         "event": "step", "time": time, "attempt": attempt, "step": step, "total_steps": 40, "epoch": step / 10,
         "lr": 0.1, "loss": 2.0 / step, "train_top1": 0.5, "images_per_second": 64 / seconds, "step_seconds": seconds,
+        "gradient_norm": 1.0,
         "data_wait_seconds": wait, **more,
     }  # fmt: skip
 
@@ -284,7 +285,7 @@ def test_the_page_of_a_finished_run(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert said in text
     assert "<peer>" not in html
-    assert html.count('class="mark failure"') == html.count('class="mark resume"') == 4
+    assert html.count('class="mark failure"') == html.count('class="mark resume"') == 5  # in each chart
 
 
 def test_a_checkpoint_that_was_not_saved_is_not_why_an_attempt_failed(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from configs import LonghaulError
+from configs import LonghaulError, did_you_mean
 from configs.schema import Model
-from trainer.zoo import LIBRARIES, build_library_model, did_you_mean
+from trainer.zoo import LIBRARIES, build_library_model
 
 _IMAGENET = {  # kind of block, blocks a stage (table 1)
     "plain18": ("plain", (2, 2, 2, 2)),

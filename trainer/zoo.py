@@ -5,14 +5,12 @@ and Inception v3 of torchvision return (logits, *auxiliary logits), as `trainer.
 seconds to import, and are imported only where a network of theirs is built.
 """
 
-import difflib
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from configs import LonghaulError
+from configs import LonghaulError, did_you_mean
 
 LIBRARIES = ("torchvision", "timm")
 
@@ -25,12 +23,6 @@ def build_library_model(library: str, name: str, num_classes: int, drop_path: fl
         if library == "torchvision":
             return _torchvision(name, num_classes)
         return _timm(name, num_classes, drop_path)
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A hint with the nearest of `names`, or nothing where none is near."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module:
