@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from configs.errors import LonghaulError, did_you_mean
 from configs.schema import Recipe
 
+_TAGGED = {"schedule", "crop", "order", "auto_augment", "optimizer", "loss"}  # the sections of several kinds
 RECIPE_DIRECTORY = Path(__file__).parent
 
 
@@ -143,7 +144,8 @@ def _describe(error: ValidationError) -> str:
     for item in error.errors():
         key = _dotted(item["loc"])
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key '{key}'{did_you_mean(str(item['loc'][-1]), _fields_at(item['loc'][:-1]))}")
+            near = did_you_mean(str(item["loc"][-1]), _fields_at(item["loc"][:-1]))
+            problems.append(f"unknown key '{key}'{near or _of_kind(item['loc'])}")
         elif item["type"] == "missing":
             problems.append(f"the key '{key}' is missing")
         elif item["type"] == "union_tag_not_found":
@@ -162,7 +164,6 @@ def _dotted(loc: tuple[Any, ...]) -> str:
 
 
 def _without_tags(loc: tuple[Any, ...]) -> list[Any]:
-    tagged = {"schedule", "crop", "order", "auto_augment", "optimizer", "loss"}
     parts: list[Any] = []
     skip = False
     for index, part in enumerate(loc):
@@ -170,8 +171,16 @@ def _without_tags(loc: tuple[Any, ...]) -> list[Any]:
             skip = False
             continue
         parts.append(part)
-        skip = part in tagged and index + 1 < len(loc)
+        skip = part in _TAGGED and index + 1 < len(loc)
     return parts
+
+
+def _of_kind(loc: tuple[Any, ...]) -> str:
+    """What to do about a key that a section's other kind had, perhaps inherited."""
+    if len(loc) < 3 or loc[-3] not in _TAGGED:
+        return ""
+    section = ".".join(_without_tags(loc[:-2]))
+    return f" for kind {loc[-2]}; {section}={{kind: {loc[-2]}, ...}} replaces the section whole"
 
 
 def _fields_at(loc: tuple[Any, ...]) -> list[str]:

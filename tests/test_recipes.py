@@ -351,6 +351,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(override: str, key: str
         ("order.kind=windows", "order.kind: there is no 'windows': give global or windowed"),
         ("order={kind: windowed, shards: 0}", "order.shards: Input should be greater than 0"),
         ("order={kind: windowed, shard: 2}", "unknown key 'order.shard' (did you mean 'shards'?)"),
+        (
+            "optimizer.kind=lamb",
+            "unknown key 'optimizer.momentum' for kind lamb; optimizer={kind: lamb, ...} replaces the section whole",
+        ),
         ("input.crop.kind=centre", "input.crop.kind: there is no 'centre': give resized_crop"),
         ("input.crop={kind: scale_crop, shorter: [480, 256]}", "input.crop.shorter: give the smaller bound first"),
         ("input.crop={kind: resized_crop, area: [1, 0.08]}", "input.crop.area: give the smaller bound first"),
