@@ -3,17 +3,14 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from rich.console import Console
 
-from configs import LonghaulError
 from data_pipeline.storage import parse_location
-from launch.commands import cache_options, find_run
+from launch.commands import cache_options
+from launch.options import choose_weights, find_target
 from launch.view import shown_path
-from trainer.rundir import RunDirectory
-
-_WEIGHTS = ("auto", "plain", "ema")
 
 
 def evaluate_checkpoints(
@@ -30,24 +27,18 @@ def evaluate_checkpoints(
     cache_bytes: str | None,
 ) -> None:
     """Score checkpoints and, where there are several, their ensemble; under torchrun rank 0 tells."""
-    if weights not in (None, *_WEIGHTS):
-        raise LonghaulError(f"--weights {weights}: it is auto, plain or ema.")
+    chosen = None if weights is None else choose_weights(weights)
     from trainer.score import How, Scored, Target, score_checkpoints
-
-    def find(name: str) -> Target:
-        path = Path(name).absolute()
-        if (path / "manifest.json").is_file() and path.parent.name == "checkpoints":
-            return Target(RunDirectory(path.parent.parent).require(), path)
-        return Target(find_run(name, runs))
 
     def described(one: Scored) -> str:
         notes = ["averaged weights"] if one.averaged else []
         notes += [f"batch norm over {one.norm_batches} micro-batches"] if one.norm_batches else []
         return shown_path(one.saved.path) + (f" ({', '.join(notes)})" if notes else "")
 
-    chosen = cast(Literal["auto", "plain", "ema"] | None, weights)
     how = How(device, threads, views, chosen, norm_batches, **cache_options(cache_dir, cache_bytes))
-    scored, ensemble = score_checkpoints([find(name) for name in targets], data and parse_location(data), how)
+    scored, ensemble = score_checkpoints(
+        [Target(*find_target(name, runs)) for name in targets], data and parse_location(data), how
+    )
     if os.environ.get("RANK", "0") != "0":
         return
     figures: dict[str, Any] = ensemble.as_dict()

@@ -23,6 +23,7 @@ from trainer.dealing import Work, deal
 from trainer.engines import Engine
 from trainer.evaluate import Score, evaluate
 from trainer.fetching import FetchMeter
+from trainer.gradients import Health
 from trainer.group import Group
 from trainer.history import History
 from trainer.ledger import Ledger, Recorder
@@ -85,10 +86,12 @@ class Loop:
             finished = self.step == total
             told = self._due(self.recipe.log.every) or stop or finished
             saved = self._due(self.recipe.checkpoint.every) or stop or finished
-            if told:
-                self._account(total)
-            if (told or saved) and self.failing_since() is not None:
-                return None  # before it is saved: what is saved can be gone on with
+            if told or saved:
+                health = self.engine.health()
+                if told:
+                    self._account(total, health)
+                if health.failing_since is not None:
+                    return None  # before it is saved: what is saved can be gone on with
             if self._due(self.recipe.evaluate.every) or finished:
                 score = self._evaluate()
             if saved:
@@ -150,9 +153,8 @@ class Loop:
             dist.all_reduce(count, group=self.group.gradients)
             self.history.trained(hold, self.recipe.batch.size, len(self.train_split), self.step, int(count))
 
-    def _account(self, total: int) -> None:
+    def _account(self, total: int, health: Health) -> None:
         fetched = self.fetches.report(self.window.steps)
-        health = self.engine.health()
         figures: dict[str, Any] = {
             **self.window.report(),
             "gradient_norm": health.gradient_norm,

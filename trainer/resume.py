@@ -9,7 +9,7 @@ from trainer.rundir import RunDirectory
 from trainer.telemetry import Telemetry
 
 
-def choose_checkpoint(run: RunDirectory, group: Group, broken: list[tuple[str, str]]) -> Saved | None:
+def checkpoint_to_resume(run: RunDirectory, group: Group, broken: list[tuple[str, str]]) -> Saved | None:
     """The newest checkpoint that verifies. Rank 0 reads and decides; what is broken is set aside."""
     path: Path | None = None
     if group.rank == 0:

@@ -31,7 +31,7 @@ from trainer.ledger import Ledger, Recorder
 from trainer.loop import Loop
 from trainer.memory import keep_freed_memory
 from trainer.provenance import commit
-from trainer.resume import choose_checkpoint, roll_back
+from trainer.resume import checkpoint_to_resume, roll_back
 from trainer.rundir import RunDirectory, settle_recipe, write_atomically
 from trainer.schedules import require_scores, total_steps
 from trainer.stopping import StopRequests
@@ -98,7 +98,7 @@ class _Worker:
 
     def run(self) -> Outcome:
         broken: list[tuple[str, str]] = []
-        result: Outcome | Saved | None = choose_checkpoint(self.job.run, self.group, broken)
+        result: Outcome | Saved | None = checkpoint_to_resume(self.job.run, self.group, broken)
         while not isinstance(result, Outcome):
             result = self._attempt(result, broken)
             broken = []

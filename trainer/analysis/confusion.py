@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from data_pipeline.split import Split
 from trainer.analysis.plot import document, text
 from trainer.analysis.tables import csv_text
+from trainer.predict import Predictor
 from trainer.trained import Trained
 
 MOST_DRAWN = 100
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,14 @@ class Confusion:
         ]
 
 
-@torch.no_grad()
 def count_confusion(trained: Trained, split: Split) -> Confusion:
     """Every image of `split` once, in central view, batched and in the precision of an evaluation (`longhaul eval`),
     whose top-1 it has."""
     classes = trained.classes(split)
     counts = np.zeros((len(classes), len(classes)), np.int64)
-    precision = _AUTOCAST.get(trained.recipe.precision)
+    predict = Predictor(trained.network, trained.recipe, trained.device)
     for batch in trained.batches(split, np.arange(len(split), dtype=np.int64)):
-        with torch.autocast(trained.device.type, dtype=precision, enabled=precision is not None):
-            logits = trained.network(trained.laid_out(batch.images)).float()
+        logits = predict(batch.images)
         # As in an evaluation: of equal scores, which bf16 has now and then, argmax may take another.
         found = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
         np.add.at(counts, (batch.labels.cpu().numpy(), found.cpu().numpy()), 1)

@@ -11,7 +11,7 @@ from configs.optimisation import Lamb as LambConfig
 from configs.optimisation import Lars as LarsConfig
 from configs.optimisation import Optimizer, Sgd
 from trainer.optim.layerwise import Lamb, Lars
-from trainer.optim.momentum import CaffeSgd
+from trainer.optim.momentum import CaffeSgd, make_momentum_buffers
 
 Groups = list[dict[str, Any]]
 
@@ -33,9 +33,7 @@ def build_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimize
     if config.style == "caffe":
         return CaffeSgd(groups, config.momentum, config.nesterov)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-    # torch makes the buffers in the first step, as copies of the gradient: what zeros become there too.
-    for parameter in _all_of(groups) if config.momentum else ():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    make_momentum_buffers(optimizer)  # torch makes them in the first step, as copies of the gradient: as zeros become
     return optimizer
 
 
