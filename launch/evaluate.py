@@ -33,7 +33,7 @@ def evaluate_checkpoints(
     def described(one: Scored) -> str:
         notes = ["averaged weights"] if one.averaged else []
         notes += [f"batch norm over {one.norm_batches} micro-batches"] if one.norm_batches else []
-        return shown_path(one.saved.path) + (f" ({', '.join(notes)})" if notes else "")
+        return shown_path(str(one.saved)) + (f" ({', '.join(notes)})" if notes else "")
 
     how = How(device, threads, views, chosen, norm_batches, **cache_options(cache_dir, cache_bytes))
     scored, ensemble = score_checkpoints(
@@ -46,7 +46,7 @@ def evaluate_checkpoints(
         _tell(console, described(one), one.score.as_dict())
     if len(scored) > 1:
         _tell(console, f"Ensemble of {len(scored)}", figures)
-        figures["members"] = [{"checkpoint": str(one.saved.path), **one.score.as_dict()} for one in scored]
+        figures["members"] = [{"checkpoint": str(one.saved), **one.score.as_dict()} for one in scored]
     console.print_json(json.dumps(figures))
 
 

@@ -39,14 +39,14 @@ def export_checkpoint(
     torch.set_num_threads(threads)
     trained = load_trained(run, saved, kind, torch.device("cpu"), threads)
     ema = "-ema" if trained.averaged else ""
-    out = (out or run.path / "export" / f"{run.name}-{saved.path.name}{ema}{form.suffix}").absolute()
+    out = (out or run.path / "export" / f"{run.name}-{saved.name}{ema}{form.suffix}").absolute()
     images = choose_images(data, cache_dir, cache_bytes)
     use_exact_statistics(trained, images)
     with images.open(run, "val", "train") as split:
         with console.status("Writing, loading again and comparing ..."):
             found = export(trained, form, split, out, num_images, force)
         kind_of_images = "held-out" if split.manifest.splits.get("val") else "training"
-        console.print(f"{shown_path(saved.path)}, on {kind_of_images} images of {split.location}:", highlight=False)
+        console.print(f"{shown_path(str(saved))}, on {kind_of_images} images of {split.location}:", highlight=False)
     for line in found:
         console.print(escape(line), highlight=False)
     name = trained.recipe.model.name.rpartition(":")[2]

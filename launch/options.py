@@ -22,11 +22,11 @@ def choose_images(data: str | None, cache_dir: Path | None, cache_bytes: str | N
     return Images(None if data is None else parse_location(data), cache_dir and cache_dir.absolute(), limit)
 
 
-def find_target(target: str, runs: Path) -> tuple[RunDirectory, Path | None]:
-    """A run by name or directory, or the run of a checkpoint's directory with that checkpoint."""
+def find_target(target: str, runs: Path) -> tuple[RunDirectory, str | None]:
+    """A run by name or directory, or the run of a checkpoint's directory with that checkpoint's name."""
     checkpoint = Path(target).absolute()
     if (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == "checkpoints":
-        return RunDirectory(checkpoint.parent.parent).require(), checkpoint
+        return RunDirectory(checkpoint.parent.parent).require(), checkpoint.name
     return find_run(target, runs), None
 
 

@@ -26,7 +26,7 @@ from data_pipeline.views import central_view
 from launch.cli import app
 from tests.workers import in_processes, make_job, small_recipe, state_of, train
 from trainer.batchnorm import exact_statistics, replaced_statistics
-from trainer.checkpoint import FORMAT, MANIFEST, directory_name
+from trainer.checkpoints.manifest import FORMAT, MANIFEST, checkpoint_name, render
 from trainer.evaluate import Member, Score, evaluate, evaluate_ensemble, log_mean
 from trainer.group import Group
 from trainer.job import Job
@@ -254,20 +254,20 @@ def directly(network: nn.Module, recipe: Recipe, data: Any) -> Score:
 
 
 def newest(run: RunDirectory) -> dict[str, torch.Tensor]:
-    return state_of(choose_checkpoint(run, None).path)
+    return state_of(choose_checkpoint(run, None))
 
 
 def write_checkpoint(run: RunDirectory, state: dict[str, torch.Tensor]) -> None:
     import hashlib
 
-    path = run.checkpoints / directory_name(25)
+    path = run.checkpoints / checkpoint_name(25)
     path.mkdir(parents=True)
     dcp.save(state, checkpoint_id=path, no_dist=True)
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         for file in path.iterdir()
     }
-    (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": 25, "num_classes": 10, "files": files}))
+    (path / MANIFEST).write_bytes(render({"format": FORMAT, "step": 25, "num_classes": 10, "files": files}))
 
 
 # --- batch norm --------------------------------------------------------------------------------------------------

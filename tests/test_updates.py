@@ -12,7 +12,7 @@ from rich.console import Console
 
 from launch.view import View
 from tests import workers
-from trainer.checkpoint import newest_valid
+from trainer.checkpoints.manifest import newest_valid
 from trainer.engines.ddp import DdpEngine
 from trainer.group import free_port
 from trainer.job import Job
@@ -36,7 +36,7 @@ def events(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
 
 
 def history(run: RunDirectory) -> dict[str, Any]:
-    saved = newest_valid(run.checkpoints)
+    saved = newest_valid(run.store())
     assert saved is not None
     return saved.manifest["history"]
 
@@ -74,7 +74,7 @@ def test_such_a_run_uses_every_state(stateful: Job) -> None:
 def test_killed_and_resumed_it_ends_with_the_same_bits(stateful: Job, tmp_path: Path, sizes: tuple[int, int]) -> None:
     job = again(stateful, tmp_path / "killed")
     processes = workers.start(job, sizes[0])
-    workers.wait_for(lambda: workers.reached(job.run, 25) and newest_valid(job.run.checkpoints))
+    workers.wait_for(lambda: workers.reached(job.run, 25) and newest_valid(job.run.store()))
     workers.kill(processes)
     workers.wait(processes)
     workers.train(job, sizes[1])

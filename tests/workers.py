@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 from configs import LonghaulError, Recipe, load_recipe
 from data_pipeline.storage import Location
-from trainer.checkpoint import load, newest_valid, open_checkpoint
+from trainer.checkpoints.files import contents, load
+from trainer.checkpoints.manifest import Saved, newest_valid
 from trainer.group import free_port
 from trainer.job import Job
 from trainer.rundir import RunDirectory
@@ -124,19 +124,18 @@ def kill(processes: list[Any], number: int = signal.SIGKILL) -> None:
             os.kill(process.pid, number)
 
 
-def state_of(path: Path) -> dict[str, torch.Tensor]:
+def state_of(saved: Saved) -> dict[str, torch.Tensor]:
     """Every tensor in a checkpoint, by name."""
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in stored.items()}
-    load(open_checkpoint(path), state)
+    state = contents(saved)
+    load(saved, {**state})
     return state
 
 
 def final_state(run: RunDirectory) -> dict[str, torch.Tensor]:
     """Every tensor in the newest valid checkpoint of a run."""
-    saved = newest_valid(run.checkpoints)
+    saved = newest_valid(run.store())
     assert saved is not None
-    return state_of(saved.path)
+    return state_of(saved)
 
 
 def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:

@@ -18,7 +18,7 @@ from data_pipeline.philox import philox
 from data_pipeline.records import substitutes
 from data_pipeline.split import Split
 from trainer.batchnorm import exact_statistics, replaced_statistics
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoints.saver import Checkpointer
 from trainer.dealing import Work, deal
 from trainer.engines import Engine
 from trainer.evaluate import Score, evaluate

@@ -19,7 +19,11 @@ from data_pipeline.order import Order, build_order
 from data_pipeline.resolution import size_at
 from data_pipeline.split import Split
 from data_pipeline.storage import Location
-from trainer.checkpoint import Checkpointer, Saved, like, load
+from trainer.checkpoints.files import load
+from trainer.checkpoints.manifest import Saved
+from trainer.checkpoints.saver import Checkpointer
+from trainer.checkpoints.state import empty_like
+from trainer.checkpoints.store import Store
 from trainer.count import count
 from trainer.engines import Engine, build_engine
 from trainer.evaluate import Score
@@ -135,9 +139,9 @@ class _Worker:
         last = total_steps(self.recipe, len(self.train_split))
         fetch_ahead(self.train_split, self.order, step, last, self.group, telemetry)
         checkpointer = Checkpointer(
-            self.job.run.checkpoints, self.group, attempt, self.recipe.checkpoint.keep_last,
-            on_saved=lambda path, seconds: telemetry.event(
-                "checkpoint", path=str(path), step=int(path.name[5:]), seconds=round(seconds, 3)
+            self.job.run.store(), self.group, attempt, self._superfluous,
+            on_saved=lambda saved, seconds: telemetry.event(
+                "checkpoint", path=str(saved), step=saved.step, seconds=round(seconds, 3)
             ),
             on_failed=lambda at, why: telemetry.event("checkpoint_failed", step=at, reason=why),
         )  # fmt: skip
@@ -150,6 +154,9 @@ class _Worker:
         score = loop.evaluate_only() if loop.finished() else loop.run()
         checkpointer.close()
         return loop, score
+
+    def _superfluous(self, store: Store) -> list[str]:
+        return store.names()[: -self.recipe.checkpoint.keep_last]
 
     def _announce(self, telemetry: Telemetry, saved: Saved | None, broken: Iterable[tuple[str, str]]) -> None:
         """Everything about this start in events.jsonl, and the recipe beside it."""
@@ -174,7 +181,7 @@ class _Worker:
             commit=commit() if self.group.rank == 0 else "",
         )  # fmt: skip
         if saved is not None:
-            telemetry.event("resume", step=saved.step, path=str(saved.path), saved_by=saved.manifest["world_size"])
+            telemetry.event("resume", step=saved.step, path=str(saved), saved_by=saved.manifest["world_size"])
         if self.group.rank == 0:
             self.job.run.write_recipe(self.recipe)
             self.job.run.stop_file.unlink(missing_ok=True)
@@ -184,7 +191,7 @@ class _Worker:
         if saved is None:
             return Ledger.empty(self.order, 0)
         ledger = Ledger.empty(self.order, saved.step, saved.manifest["num_substitutes"])
-        state = like(self.engine.export_state())
+        state = empty_like(self.engine.export_state())
         load(saved, {**state, **ledger.state()}, self.group)
         self.engine.import_state(state)
         return ledger

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from configs import LonghaulError, Recipe, dump, parse_recipe
+from trainer.checkpoints.store import DirectoryStore, Store
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def store(self) -> Store:
+        """Where the run keeps its checkpoints."""
+        return DirectoryStore(self.checkpoints)
 
     @property
     def result_file(self) -> Path:

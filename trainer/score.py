@@ -16,7 +16,7 @@ from data_pipeline.split import Split
 from data_pipeline.storage import Location, parse_location
 from data_pipeline.views import choose_views
 from trainer.batchnorm import exact_statistics, replaced_statistics
-from trainer.checkpoint import Saved, open_checkpoint
+from trainer.checkpoints.manifest import Saved, open_checkpoint
 from trainer.evaluate import Member, Score, evaluate_ensemble
 from trainer.group import Group, Rendezvous, join, pick_device
 from trainer.predict import Predictor, place
@@ -30,7 +30,7 @@ class Target:
     """What is to be scored: a checkpoint of a run, or (None) its newest valid one."""
 
     run: RunDirectory
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,16 @@ def _common_data(targets: Sequence[Target]) -> Location:
 
 def _choose(target: Target, group: Group) -> Saved:
     """Rank 0 chooses: a run that goes on may have a newer checkpoint by the time that another looks."""
-    found: Path | LonghaulError | None = None
+    found: str | LonghaulError | None = None
     if group.rank == 0:
         try:
-            found = choose_checkpoint(target.run, target.checkpoint).path
+            found = choose_checkpoint(target.run, target.checkpoint).name
         except LonghaulError as error:
             found = error
     found = group.from_zero(found)
     if isinstance(found, LonghaulError):
         raise found
-    return open_checkpoint(found)
+    return open_checkpoint(target.run.store(), found)
 
 
 def _check_classes(checkpoints: Sequence[Saved], split: Split) -> None:
@@ -144,12 +144,12 @@ def _check_classes(checkpoints: Sequence[Saved], split: Split) -> None:
     for saved, number in zip(checkpoints, numbers, strict=True):
         if number != numbers[0]:
             raise LonghaulError(
-                f"{saved.path} tells {number} classes apart and {checkpoints[0].path} {numbers[0]}: an ensemble needs "
+                f"{saved} tells {number} classes apart and {checkpoints[0]} {numbers[0]}: an ensemble needs "
                 f"the same classes; score them one by one."
             )
     if numbers[0] < len(split.manifest.classes):
         raise LonghaulError(
-            f"{checkpoints[0].path} tells {numbers[0]} classes apart but {split.location} has "
+            f"{checkpoints[0]} tells {numbers[0]} classes apart but {split.location} has "
             f"{len(split.manifest.classes)}: give --data what it was trained for."
         )
 

@@ -16,7 +16,7 @@ from data_pipeline.loader import Batch, evaluation_batches
 from data_pipeline.split import Split, read_manifest
 from data_pipeline.storage import Location, parse_location
 from trainer.batchnorm import exact_statistics
-from trainer.checkpoint import Saved
+from trainer.checkpoints.manifest import Saved
 from trainer.group import Rendezvous, free_port, join
 from trainer.rundir import RunDirectory
 from trainer.weights import Weights, load_network, uses_ema
@@ -61,7 +61,7 @@ class Trained:
         names = list(split.manifest.classes)
         if len(names) > self.num_classes:
             raise LonghaulError(
-                f"{split.location} has {len(names)} classes, and the network of {self.saved.path} {self.num_classes}: "
+                f"{split.location} has {len(names)} classes, and the network of {self.saved} {self.num_classes}: "
                 f"give --data the data set that it was trained on."
             )
         return names + [f"(class {index} has no name)" for index in range(len(names), self.num_classes)]

@@ -12,7 +12,8 @@ from data_pipeline.order import Order, build_order
 from data_pipeline.records import training_records
 from data_pipeline.split import Split
 from data_pipeline.storage import Location, parse_location
-from trainer.checkpoint import Saved, load, newest_valid
+from trainer.checkpoints.files import load
+from trainer.checkpoints.manifest import Saved, newest_valid
 from trainer.ledger import Ledger, micro_digest, sample_hashes
 from trainer.rundir import RunDirectory
 
@@ -30,16 +31,16 @@ def verify(
         raise LonghaulError(f"{run.path} has no start event: nothing was trained yet.")
     split = Split(data or parse_location(starts[-1]["data"]), "train", damaged=recipe.input.damaged)
     broken: list[str] = []
-    saved = newest_valid(run.checkpoints, lambda _, why: broken.append(why))
+    saved = newest_valid(run.store(), lambda _, why: broken.append(why))
     if saved is None:
-        raise LonghaulError(f"{run.checkpoints} holds no checkpoint that verifies{': ' + broken[0] if broken else ''}.")
+        raise LonghaulError(f"{run.store()} holds no checkpoint that verifies{': ' + broken[0] if broken else ''}.")
     order = build_order(recipe, [shard.rows for shard in split.shards])
     ledger = read_ledger(saved, order)
     return [
         Finding(
             "every file of the newest checkpoint has its bytes",
             not broken,
-            broken[0] if broken else str(saved.path),
+            broken[0] if broken else str(saved),
         ),
         *_check_epochs(order, ledger, saved.step),
         _check_steps(recipe, order, split, ledger, progress),

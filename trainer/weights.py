@@ -1,30 +1,31 @@
 """The network of a checkpoint, in one process and without an engine: for evaluation, analysis and export."""
 
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
 from configs import LonghaulError, Recipe
-from trainer.checkpoint import Saved, check, load, newest_valid, open_checkpoint
+from trainer.checkpoints.files import load
+from trainer.checkpoints.manifest import Saved, newest_valid, open_valid
 from trainer.models import build_model
 from trainer.rundir import RunDirectory
 
 Weights = Literal["auto", "plain", "ema"]
 
 
-def choose_checkpoint(run: RunDirectory, checkpoint: Path | None) -> Saved:
-    """A checkpoint that verifies: `checkpoint`, or (None) the newest of the run. Raises LonghaulError where there is
-    none."""
+def choose_checkpoint(run: RunDirectory, checkpoint: str | None) -> Saved:
+    """A checkpoint that verifies: the one called `checkpoint`, or (None) the newest of the run. Raises LonghaulError
+    where there is none."""
+    store = run.store()
     if checkpoint is not None:
-        problem = check(checkpoint)
-        if problem is not None:
-            raise LonghaulError(f"The checkpoint cannot be used: {problem}.")
-        return open_checkpoint(checkpoint)
-    saved = newest_valid(run.checkpoints)
+        try:
+            return open_valid(store, checkpoint)
+        except LonghaulError as error:
+            raise LonghaulError(f"The checkpoint cannot be used: {error}.") from None
+    saved = newest_valid(store)
     if saved is None:
-        raise LonghaulError(f"{run.checkpoints} holds no checkpoint that verifies.")
+        raise LonghaulError(f"{store} holds no checkpoint that verifies.")
     return saved
 
 

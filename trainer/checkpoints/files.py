@@ -1,0 +1,155 @@
+"""Writing and reading a state with torch.distributed.checkpoint (DCP) into and out of a store."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+
+from configs import LonghaulError
+from trainer.checkpoints.manifest import Saved
+from trainer.checkpoints.state import Piece, State
+from trainer.checkpoints.store import Store
+from trainer.group import Group
+
+# Reading a checkpoint in one process is meant, not an accident to be warned of.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+
+def write(state: State, store: Store, draft: str, group: dist.ProcessGroup) -> dict[str, dict[str, Any]]:
+    """Write this rank's share of a state into a draft; called by all ranks of `group` together.
+
+    Returns the size and SHA-256 of each file written here. Raises OSError, on every rank, where one could not write.
+    """
+    files = _Files(store, draft)
+    writer = dcp.FileSystemWriter(draft, sync_files=False)  # a store's files are durable when they are closed
+    writer.fs = files  # type: ignore[assignment]
+    try:
+        dcp.save(state, storage_writer=writer, planner=_SavePlanner(), process_group=group)
+    except dcp.api.CheckpointException as error:  # derives from BaseException
+        raise OSError(str(next(iter(error.failures.values()))[0])) from None
+    return files.written
+
+
+def load(saved: Saved, state: Mapping[str, torch.Tensor | Piece], group: Group | None = None) -> None:
+    """Fill the tensors and pieces of `state` in place from a checkpoint written by any number of workers.
+
+    Called by all ranks of `group` together, or (None) by one process. Raises LonghaulError where it does not fit.
+    """
+    try:
+        dcp.load(
+            dict(state),
+            storage_reader=_reader(saved),
+            planner=_LoadPlanner(),
+            process_group=None if group is None else group.control,
+            no_dist=group is None or group.world_size == 1,
+        )
+    except dcp.api.CheckpointException as error:
+        first = next(iter(error.failures.values()), ("unknown",))[0]
+        raise LonghaulError(f"The checkpoint {saved} does not fit this run: {first}.") from None
+
+
+def contents(saved: Saved) -> dict[str, torch.Tensor]:
+    """Every tensor in a checkpoint by name, whole, on the CPU, its values undefined: to be filled by `load`."""
+    stored: dict[str, Any] = _reader(saved).read_metadata().state_dict_metadata
+    return {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+
+
+def _reader(saved: Saved) -> dcp.FileSystemReader:
+    reader = dcp.FileSystemReader(saved.name)
+    reader.fs = _Files(saved.store, saved.name)  # type: ignore[assignment]
+    return reader
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_object(self, index: Any) -> Any:
+        part = self.state_dict[index.fqn]
+        return part.view(index.offset) if isinstance(part, Piece) else part
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_tensor(self, index: Any) -> torch.Tensor:
+        part = self.state_dict[index.fqn]
+        return part.view(index.offset) if isinstance(part, Piece) else part
+
+
+class _Files(FileSystemBase):
+    """What DCP's writer and reader see of a store: the files of one draft, or of one checkpoint."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+        self.written: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        file = PurePosixPath(path).name
+        if mode == "rb":
+            with self._store.open(self._name, file) as stream:
+                yield stream
+        else:
+            file = file.removesuffix(".tmp")  # only what is committed is ever seen: no need to rename within it
+            with self._store.create(self._name, file) as raw:
+                hashed = _Hashed(raw)
+                yield hashed
+            self.written[file] = {"bytes": hashed.tell(), "sha256": hashed.digest.hexdigest()}
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> PurePosixPath:
+        return PurePosixPath(path) / suffix
+
+    def init_path(self, path: str | os.PathLike[str]) -> PurePosixPath:
+        return PurePosixPath(path)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        pass
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        pass
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        del checkpoint_id
+        return True
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        del path
+        return False  # a draft begins empty
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        raise NotImplementedError
+
+
+class _Hashed:
+    """A file that is hashed while it is written, front to back."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._size = raw, 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self._raw.write(view)
+        self.digest.update(view)
+        self._size += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+    def close(self) -> None:
+        """The store's file is closed by who opened it."""

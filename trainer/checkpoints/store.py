@@ -1,0 +1,146 @@
+"""Where checkpoints are kept. A checkpoint is a few files under a name; it appears whole, and goes whole.
+
+A draft is written under a name of its own and becomes a checkpoint by `commit`, so that a kill at any moment leaves
+either the old checkpoints or the old ones and the new one.
+"""
+
+import io
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+MANIFEST = "manifest.json"
+
+
+class Store(Protocol):
+    """Checkpoints by name. Names sort by step; of one step, by age. Every rank has a store of its own on the same
+    place; `begin`, `commit`, `discard`, `remove`, `set_aside` and `sweep` are rank 0's. All methods raise OSError where
+    the storage fails."""
+
+    def __str__(self) -> str:
+        """Where it is, for messages: a directory or a URL."""
+        ...
+
+    def names(self) -> list[str]:
+        """Committed checkpoints, oldest first; not verified."""
+        ...
+
+    def locate(self, name: str) -> str:
+        """A checkpoint's directory or URL, for messages."""
+        ...
+
+    def open(self, name: str, file: str) -> BinaryIO:
+        """A file of a checkpoint, to read; it can seek."""
+        ...
+
+    def begin(self, draft: str) -> None:
+        """Start a draft, empty."""
+        ...
+
+    def create(self, draft: str, file: str) -> BinaryIO:
+        """A new file of a draft; durable when it has been closed."""
+        ...
+
+    def commit(self, draft: str, name: str, manifest: bytes) -> str:
+        """Write the manifest, and with it make the draft a checkpoint. Returns its name, which is `name` but where the
+        storage cannot rename. A checkpoint that has the name already is set aside."""
+        ...
+
+    def discard(self, draft: str) -> None:
+        """Remove a draft; never raises."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint; a kill leaves it whole, or no checkpoint."""
+        ...
+
+    def set_aside(self, name: str, why: str) -> str:
+        """Keep a checkpoint for inspection, but no longer among `names`; returns where it is now."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove what interrupted saves have left behind."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """The room that is left, where the storage can tell."""
+        ...
+
+
+class DirectoryStore:
+    """Checkpoints as directories on a local disk or NFS; committed by a rename. See `Store`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def names(self) -> list[str]:
+        return sorted(p.name for p in self.path.glob("step-*") if p.is_dir())
+
+    def locate(self, name: str) -> str:
+        return str(self.path / name)
+
+    def open(self, name: str, file: str) -> BinaryIO:
+        return (self.path / name / file).open("rb")
+
+    def begin(self, draft: str) -> None:
+        self._draft(draft).mkdir(parents=True)
+
+    def create(self, draft: str, file: str) -> BinaryIO:
+        return _Durable(self._draft(draft) / file)
+
+    def commit(self, draft: str, name: str, manifest: bytes) -> str:
+        with self.create(draft, MANIFEST) as out:
+            out.write(manifest)
+        _sync_directory(self._draft(draft))
+        if (self.path / name).exists():
+            self.set_aside(name, "broken")
+        self._draft(draft).rename(self.path / name)
+        _sync_directory(self.path)
+        return name
+
+    def discard(self, draft: str) -> None:
+        shutil.rmtree(self._draft(draft), ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        gone = self._draft(f"gone-{name}-{time.time_ns()}")
+        (self.path / name).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def set_aside(self, name: str, why: str) -> str:
+        return str((self.path / name).rename(self.path / f"{why}-{name}-{time.time_ns()}"))
+
+    def sweep(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        for left in self.path.glob(".tmp-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def free_bytes(self) -> int | None:
+        return shutil.disk_usage(self.path).free
+
+    def _draft(self, draft: str) -> Path:
+        return self.path / f".tmp-{draft}"
+
+
+class _Durable(io.FileIO):
+    """A file that is on the disk when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "xb")
+
+    def close(self) -> None:
+        if not self.closed:
+            os.fsync(self.fileno())
+        super().close()
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
