@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from configs.augmentation import AutoAugment, ColourJitter, Erasing, Mixing, Progressive
-from configs.duration import Duration
+from configs.duration import Duration, Interval, IntervalOrAuto, WallTime
 from configs.optimisation import CrossEntropy, Ema, Gradients, Loss, LossScale, Optimizer, Schedule, Sgd
 from configs.section import Bounds, PositiveDuration, Section, ascending, default_kind
 
@@ -204,11 +204,46 @@ class Engine(Section):
     name: Literal["ddp"] = "ddp"
 
 
-class Checkpoint(Section):
-    """When state is saved, and how many checkpoints are kept (the newest ones)."""
+class Auto(Section):
+    """What `checkpoint.every: auto` goes by, beside what it measures.
 
-    every: PositiveDuration = Duration.parse("1ep")
+    `worker_mtbf` is how long one worker runs between two failures, believed until the run has failures of its own to
+    count (docs/checkpoints.md says where the default comes from). The interval lies between `shortest` and `longest`;
+    where an interval of `longest` would cost more than 1 % of the time it is lengthened.
+    """
+
+    worker_mtbf: WallTime = WallTime.parse("50000h")
+    shortest: WallTime = WallTime.parse("30s")
+    longest: WallTime = WallTime.parse("1h")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "Auto":
+        if self.shortest.seconds > self.longest.seconds:
+            raise ValueError(
+                f"checkpoint.auto.shortest={self.shortest} is more than checkpoint.auto.longest={self.longest}: "
+                "give the smaller bound to shortest"
+            )
+        return self
+
+
+class Checkpoint(Section):
+    """When state is saved, and which checkpoints are kept; nothing of it changes what the run computes.
+
+    Saved every so often (`every`: a length of training, a time since the last save, or auto, which weighs the measured
+    cost of a save against the failures to be expected, see `auto`), when a run is asked to stop, and at the end. Kept
+    are the newest `keep_last`; the `keep_best` with the best top-1 score on the held-out images, of equal ones the
+    newer (so an evaluation among the best is saved); and for ever one at every multiple of `keep_every`.
+
+    The state is copied into the memory of `memory_copies` other machines every `memory` (null: never).
+    """
+
+    every: IntervalOrAuto = "auto"
+    auto: Auto = Auto()
     keep_last: PositiveInt = 3
+    keep_best: NonNegativeInt = 0
+    keep_every: PositiveDuration | None = None
+    memory: Interval | None = None
+    memory_copies: PositiveInt = 2
 
 
 class Evaluate(Section):

@@ -18,6 +18,7 @@ from data_pipeline.philox import philox
 from data_pipeline.records import substitutes
 from data_pipeline.split import Split
 from trainer.batchnorm import exact_statistics, replaced_statistics
+from trainer.checkpoints.policy import SavePolicy
 from trainer.checkpoints.saver import Checkpointer
 from trainer.dealing import Work, deal
 from trainer.engines import Engine
@@ -49,11 +50,13 @@ class Loop:
     order: Order
     recorder: Recorder
     checkpointer: Checkpointer
+    policy: SavePolicy
     telemetry: Telemetry
     requests: StopRequests
     threads: int
     history: History
     step: int
+    memory: Checkpointer | None = None
 
     def __post_init__(self) -> None:
         self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
@@ -72,30 +75,34 @@ class Loop:
             self.train_split, self.recipe.input, self.order,
             Work(self.step, total, micros), self.group.device, self.threads,
         )  # fmt: skip
-        agreement = Agreement(self.group)
+        agreement = Agreement(self.group, num_flags=3)
         score = None
         while self.step < total:
-            agreement.ask(self.requests.here())
+            agreement.ask(self.requests.here(), *self.policy.begin_step(self.checkpointer.busy))
             for micro in micros:
                 batch = self._mix(self._load(batches), micro)
                 self._forward_backward(batch, micro, last=micro == micros[-1])
                 self._record(micro, batch)
             self._update()
             self._look_back()
-            stop = agreement.answer()
+            stop, *by_clock = agreement.answer()
+            due = self.policy.end_step(self.step, *by_clock)
             finished = self.step == total
             told = self._due(self.recipe.log.every) or stop or finished
-            saved = self._due(self.recipe.checkpoint.every) or stop or finished
-            if told or saved:
+            evaluated = self._due(self.recipe.evaluate.every) or finished
+            saved = due.save or stop or finished
+            if told or evaluated or saved or due.copy:
                 health = self.engine.health()
                 if told:
                     self._account(total, health)
                 if health.failing_since is not None:
                     return None  # before it is saved: what is saved can be gone on with
-            if self._due(self.recipe.evaluate.every) or finished:
+            if evaluated:
                 score = self._evaluate()
-            if saved:
-                self._save()
+            if saved or self.policy.is_best(self.history.scores, self.step):
+                self._save(self.checkpointer)
+            if due.copy and self.memory is not None:
+                self._save(self.memory)
             if stop and not finished:
                 self.checkpointer.wait()  # "stopped" promises that the checkpoint is there
                 self.telemetry.event("stopped", step=self.step)
@@ -163,6 +170,8 @@ class Loop:
             **fetched,
         }
         self.telemetry.step(self.step, total, round(self.order.epoch_of(self.step), 4), lr=self._last_rate, **figures)
+        if (interval := self.policy.news()) is not None:
+            self.telemetry.event("checkpoint_interval", step=self.step, **interval)
 
     def _evaluate(self) -> Score | None:
         if self.val_split is None:
@@ -186,8 +195,8 @@ class Loop:
                 restored.enter_context(replaced_statistics(network, exact))
             return evaluate(Predictor(network, recipe, device), split, recipe, self.group, self.threads)
 
-    def _save(self) -> None:
-        if self.checkpointer.last_step == self.step:
+    def _save(self, to: Checkpointer) -> None:
+        if to.last_step == self.step:
             return
         began = time.monotonic()
         self.engine.synchronise_buffers()
@@ -198,11 +207,20 @@ class Loop:
             "history": self.history.as_dict(),
             "num_classes": self.num_classes,
             "num_substitutes": len(ledger.substitutes),
+            **self._score_of_this_step(),
         }
-        self.checkpointer.save(self.step, state, extra)
+        to.save(self.step, state, extra)
         stall = time.monotonic() - began
         self.window.paused_seconds += stall
-        self.telemetry.event("checkpoint_started", step=self.step, stall_seconds=round(stall, 4))
+        self.policy.saved(stall, in_memory=to is self.memory)
+        tier = {"tier": "memory"} if to is self.memory else {}
+        self.telemetry.event("checkpoint_started", step=self.step, stall_seconds=round(stall, 4), **tier)
+
+    def _score_of_this_step(self) -> dict[str, Any]:
+        scores = self.history.scores
+        if not scores or scores[-1][0] != self.step:
+            return {}
+        return {"score": {"num_top1": scores[-1][1], "num_images": scores[-1][2]}}
 
     def _due(self, every: Duration) -> bool:
         return is_due(every, self.step, self.recipe.batch.size, len(self.train_split))

@@ -21,9 +21,10 @@ from data_pipeline.split import Split
 from data_pipeline.storage import Location
 from trainer.checkpoints.files import load
 from trainer.checkpoints.manifest import Saved
+from trainer.checkpoints.policy import build_policy
+from trainer.checkpoints.retention import Retention
 from trainer.checkpoints.saver import Checkpointer
 from trainer.checkpoints.state import empty_like
-from trainer.checkpoints.store import Store
 from trainer.count import count
 from trainer.engines import Engine, build_engine
 from trainer.evaluate import Score
@@ -139,24 +140,22 @@ class _Worker:
         last = total_steps(self.recipe, len(self.train_split))
         fetch_ahead(self.train_split, self.order, step, last, self.group, telemetry)
         checkpointer = Checkpointer(
-            self.job.run.store(), self.group, attempt, self._superfluous,
+            self.job.run.store(), self.group, attempt, Retention(self.recipe, len(self.train_split)),
             on_saved=lambda saved, seconds: telemetry.event(
                 "checkpoint", path=str(saved), step=saved.step, seconds=round(seconds, 3)
             ),
             on_failed=lambda at, why: telemetry.event("checkpoint_failed", step=at, reason=why),
         )  # fmt: skip
         history = History() if saved is None else History.from_dict(saved.manifest["history"])
+        policy = build_policy(self.recipe, len(self.train_split), self.group, self.job.run.events())
         loop = Loop(
             self.recipe, self.group, self.engine, self.train_split, self.val_split, self.order,
-            Recorder(self._restore(saved)), checkpointer, telemetry, self.requests, self.threads, history, step,
+            Recorder(self._restore(saved)), checkpointer, policy, telemetry, self.requests, self.threads, history, step,
         )  # fmt: skip
         checkpointer.last_step = step if saved is not None else -1
         score = loop.evaluate_only() if loop.finished() else loop.run()
         checkpointer.close()
         return loop, score
-
-    def _superfluous(self, store: Store) -> list[str]:
-        return store.names()[: -self.recipe.checkpoint.keep_last]
 
     def _announce(self, telemetry: Telemetry, saved: Saved | None, broken: Iterable[tuple[str, str]]) -> None:
         """Everything about this start in events.jsonl, and the recipe beside it."""

@@ -13,6 +13,9 @@ import yaml
 from configs import LonghaulError, Recipe, dump, parse_recipe
 from trainer.checkpoints.store import DirectoryStore, Store
 
+# Keys that decide nothing of the result: a run goes on with other values of theirs as with its own.
+_NOT_OF_THE_RESULT = ("description", "checkpoint.", "log.")
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -142,13 +145,13 @@ def settle_recipe(run: RunDirectory, recipe: Recipe, allow_changes: bool) -> Rec
 
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
-    """What changed, one ``key: old -> new`` each."""
+    """What changed of that which decides the result, one ``key: old -> new`` each."""
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     keys = [*before, *(key for key in after if key not in before)]
     return [
         f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in keys
-        if key != "description" and before.get(key) != after.get(key)
+        if not key.startswith(_NOT_OF_THE_RESULT) and before.get(key) != after.get(key)
     ]
 
 

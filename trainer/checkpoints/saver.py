@@ -45,6 +45,11 @@ class Checkpointer:
         self.last_step = step
         self._pending = self._thread.submit(self._write, step, dict(self._staged), extra)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None and not self._pending.done()
+
     def wait(self) -> None:
         """Until the save under way, if any, is committed or has failed."""
         if self._pending is not None:
