@@ -81,7 +81,7 @@ class Loop:
             agreement.ask(self.requests.here(), *self.policy.begin_step(self.checkpointer.busy))
             for micro in micros:
                 batch = self._mix(self._load(batches), micro)
-                self._forward_backward(batch, micro, last=micro == micros[-1])
+                self._forward_backward(batch, micro)
                 self._record(micro, batch)
             self._update()
             self._look_back()
@@ -134,9 +134,9 @@ class Loop:
         images, targets = mix(batch.images, batch.labels, self.num_classes, how)
         return replace(batch, images=images, labels=targets)
 
-    def _forward_backward(self, batch: Batch, micro: int, last: bool) -> None:
+    def _forward_backward(self, batch: Batch, micro: int) -> None:
         seed = forward_seed(self.recipe.seed, self.step, micro)
-        sums = self.engine.forward_backward(batch.images, batch.labels, seed, micro == 0, last)
+        sums = self.engine.forward_backward(batch.images, batch.labels, seed, micro)
         self.window.add(sums)
         if self.recipe.schedule.hold is not None:
             self._correct += sums[1]
