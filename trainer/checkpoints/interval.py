@@ -81,8 +81,8 @@ def daly(cost: float, mtbf: float) -> float:
 
 
 def expected_time(interval: float, cost: float, mtbf: float) -> float:
-    """The time that a run with failures takes, for each second of training (Daly 2006, section 3, but for
-    the time that a restart takes, which no interval changes)."""
+    """The time that a run with failures is expected to take for each second of training: Daly's complete cost
+    function, but for a factor that stands for restarts and that no interval changes."""
     return mtbf * math.expm1((interval + cost) / mtbf) / interval
 
 
