@@ -205,10 +205,15 @@ class Engine(Section):
 
 
 class Checkpoint(Section):
-    """When state is saved, and how many checkpoints are kept (the newest ones)."""
+    """When state is saved, and how many checkpoints are kept (the newest ones).
+
+    On Ray, `memory` saves that often into the memory of the machines too, each file on `memory_copies` of them.
+    """
 
     every: PositiveDuration = Duration.parse("1ep")
     keep_last: PositiveInt = 3
+    memory: PositiveDuration | None = None
+    memory_copies: PositiveInt = 2
 
 
 class Evaluate(Section):

@@ -19,6 +19,7 @@ from data_pipeline.records import substitutes
 from data_pipeline.split import Split
 from trainer.batchnorm import exact_statistics, replaced_statistics
 from trainer.checkpoints.saver import Checkpointer
+from trainer.checkpoints.store import Store
 from trainer.dealing import Work, deal
 from trainer.engines import Engine
 from trainer.evaluate import Score, evaluate
@@ -86,7 +87,8 @@ class Loop:
             finished = self.step == total
             told = self._due(self.recipe.log.every) or stop or finished
             saved = self._due(self.recipe.checkpoint.every) or stop or finished
-            if told or saved:
+            kept = not saved and self._due_in_memory()
+            if told or saved or kept:
                 health = self.engine.health()
                 if told:
                     self._account(total, health)
@@ -96,6 +98,8 @@ class Loop:
                 score = self._evaluate()
             if saved:
                 self._save()
+            elif kept:
+                self._save(self.checkpointer.memory)
             if stop and not finished:
                 self.checkpointer.wait()  # "stopped" promises that the checkpoint is there
                 self.telemetry.event("stopped", step=self.step)
@@ -186,7 +190,8 @@ class Loop:
                 restored.enter_context(replaced_statistics(network, exact))
             return evaluate(Predictor(network, recipe, device), split, recipe, self.group, self.threads)
 
-    def _save(self) -> None:
+    def _save(self, memory: Store | None = None) -> None:
+        """Start to save what decides the future: where the run keeps its checkpoints, or in `memory`."""
         if self.checkpointer.last_step == self.step:
             return
         began = time.monotonic()
@@ -199,10 +204,15 @@ class Loop:
             "num_classes": self.num_classes,
             "num_substitutes": len(ledger.substitutes),
         }
-        self.checkpointer.save(self.step, state, extra)
+        self.checkpointer.save(self.step, state, extra, memory)
         stall = time.monotonic() - began
         self.window.paused_seconds += stall
-        self.telemetry.event("checkpoint_started", step=self.step, stall_seconds=round(stall, 4))
+        started = "checkpoint_started" if memory is None else "memory_save_started"
+        self.telemetry.event(started, step=self.step, stall_seconds=round(stall, 4))
+
+    def _due_in_memory(self) -> bool:
+        every = self.recipe.checkpoint.memory
+        return every is not None and self.checkpointer.memory is not None and self._due(every)
 
     def _due(self, every: Duration) -> bool:
         return is_due(every, self.step, self.recipe.batch.size, len(self.train_split))

@@ -232,6 +232,7 @@ _MESSAGES = {
     "worker_failure": "error",
     "error": "message",
     "checkpoint_failed": "reason",
+    "memory_save_failed": "reason",
     "checkpoint_broken": "reason",
 }
 
@@ -245,6 +246,7 @@ def _failures(events: Sequence[Event]) -> Html:
     names = {
         "failure": "attempt failed", "worker_failure": "worker lost", "error": "error",
         "checkpoint_failed": "checkpoint not saved", "checkpoint_broken": "checkpoint set aside",
+        "memory_save_failed": "not saved in memory",
     }  # fmt: skip
 
     def where(event: Event) -> str:

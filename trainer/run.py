@@ -41,6 +41,10 @@ from trainer.schedules import require_scores, total_steps
 from trainer.stopping import StopRequests
 from trainer.telemetry import Telemetry
 
+_NO_MEMORY = (
+    "checkpoint.memory is passed over: without Ray nothing outlives the workers that could keep a checkpoint in memory."
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -99,10 +103,12 @@ class _Worker:
         self.job, self.recipe, self.group, self.engine = job, recipe, group, engine
         self.requests, self.threads = requests, threads
         self.train_split, self.val_split, self.order = train_split, val_split, order
+        self.memory = job.memory()
+        self.stores = [job.run.store()] if self.memory is None else [job.run.store(), self.memory]
 
     def run(self) -> Outcome:
         broken: list[tuple[str, str]] = []
-        result: Outcome | Saved | None = checkpoint_to_resume(self.job.run, self.group, broken)
+        result: Outcome | Saved | None = checkpoint_to_resume(self.stores, self.group, broken)
         while not isinstance(result, Outcome):
             result = self._attempt(result, broken)
             broken = []
@@ -120,7 +126,7 @@ class _Worker:
             loop, score = self._train(telemetry, saved, attempt)
             since = loop.failing_since()
             if since is not None:
-                return roll_back(self.recipe, run, group, telemetry, since)
+                return roll_back(self.recipe, run, self.stores, group, telemetry, since)
             if not loop.finished():
                 return Outcome("stopped", loop.step)
             if group.rank == 0:
@@ -139,11 +145,15 @@ class _Worker:
         last = total_steps(self.recipe, len(self.train_split))
         fetch_ahead(self.train_split, self.order, step, last, self.group, telemetry)
         checkpointer = Checkpointer(
-            self.job.run.store(), self.group, attempt, self._superfluous,
+            self.stores[0], self.group, attempt, self._superfluous,
             on_saved=lambda saved, seconds: telemetry.event(
-                "checkpoint", path=str(saved), step=saved.step, seconds=round(seconds, 3)
+                "checkpoint" if saved.store is not self.memory else "memory_save",
+                path=str(saved), step=saved.step, seconds=round(seconds, 3),
             ),
-            on_failed=lambda at, why: telemetry.event("checkpoint_failed", step=at, reason=why),
+            on_failed=lambda store, at, why: telemetry.event(
+                "checkpoint_failed" if store is not self.memory else "memory_save_failed", step=at, reason=why
+            ),
+            memory=self.memory,
         )  # fmt: skip
         history = History() if saved is None else History.from_dict(saved.manifest["history"])
         loop = Loop(
@@ -156,7 +166,7 @@ class _Worker:
         return loop, score
 
     def _superfluous(self, store: Store) -> list[str]:
-        return store.names()[: -self.recipe.checkpoint.keep_last]
+        return store.names()[: -1 if store is self.memory else -self.recipe.checkpoint.keep_last]
 
     def _announce(self, telemetry: Telemetry, saved: Saved | None, broken: Iterable[tuple[str, str]]) -> None:
         """Everything about this start in events.jsonl, and the recipe beside it."""
@@ -175,6 +185,8 @@ class _Worker:
             telemetry.event("checkpoint_broken", path=path, reason=why)
         for why in self.train_split.unreadable:
             telemetry.event("warning", message=f"{why} Until then other samples are shown in the place of its own.")
+        if self.recipe.checkpoint.memory is not None and self.memory is None:
+            telemetry.event("warning", message=_NO_MEMORY)
         telemetry.event(
             "start", world_size=self.group.world_size, workers=workers, data=str(self.job.data), data_sha256=data_hash,
             step=0 if saved is None else saved.step, recipe_sha256=_recipe_hash(self.recipe), torch=torch.__version__,
