@@ -15,7 +15,7 @@ from trainer.checkpoints.memory import Bytes, HeapKeeper, Keeper
 _NAMESPACE = "longhaul"
 _LOOK_SECONDS = 2.0  # how often the driver looks for machines without a keeper
 _ANSWER_SECONDS = 10.0  # for what is small
-_MOVE_SECONDS = 60.0  # for a file: 6 GB over 1 Gbit/s
+_MOVE_SECONDS = 60.0  # for a file: 7 GB over 1 Gbit/s
 
 
 class RayKeeper:
@@ -54,6 +54,7 @@ class RayKeepers:
     """All keepers of a run, from wherever they are asked; see `trainer.checkpoints.memory.Keepers`."""
 
     def __init__(self, run: str) -> None:
+        """`run` names one start of the driver."""
         self._run = run
         self._known: dict[str, RayKeeper] = {}
 
@@ -61,24 +62,18 @@ class RayKeepers:
         machines = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
         here = ray.get_runtime_context().get_node_id()
         ring = [m for m in machines if m >= here] + [m for m in machines if m < here]
-        return [keeper for machine in ring if (keeper := self._find(machine)) is not None and keeper.answers]
+        return [keeper for machine in ring if (keeper := self._ask_for(machine)) is not None and keeper.answers]
 
-    def _find(self, machine: str) -> RayKeeper | None:
+    def _ask_for(self, machine: str) -> RayKeeper | None:
         """A machine's keeper. One that does not answer is looked up again: the driver replaces those that ended."""
         known = self._known.get(machine)
         if known is None or not known.answers:
-            try:
-                actor = ray.get_actor(keeper_name(self._run, machine), _NAMESPACE)
-            except ValueError:  # none there, or not yet
+            actor = _find(self._run, machine)
+            if actor is None:
                 return None
             if known is None or actor != known.actor:
                 self._known[machine] = RayKeeper(actor)
         return self._known[machine]
-
-
-def keeper_name(run: str, machine: str) -> str:
-    """The Ray actor's name; `run` is one start of the driver, `machine` a node's id."""
-    return f"keeper-{run}-{machine}"
 
 
 @contextmanager
@@ -105,17 +100,30 @@ def keepers(run: str, resource: str) -> Iterator[RayKeepers]:
 
 
 def _place(run: str, resource: str, placed: dict[str, Any]) -> None:
-    """Start the keepers that are missing. Ray ends an actor that no handle is left of, so `placed` holds them all."""
-    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
-    for machine in (node["NodeID"] for node in alive):
-        placed[machine] = (
-            ray.remote(HeapKeeper)
-            .options(
-                name=keeper_name(run, machine),
-                namespace=_NAMESPACE,
-                get_if_exists=True,
-                num_cpus=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(machine, soft=False),
+    """Start the keepers that are missing. Ray ends an actor once the handle that its creation gave is let go of, so
+    `placed` holds these."""
+    for node in ray.nodes():
+        machine = node["NodeID"]
+        if node["Alive"] and node["Resources"].get(resource) and _find(run, machine) is None:
+            placed[machine] = (
+                ray.remote(HeapKeeper)
+                .options(
+                    name=_name(run, machine),
+                    namespace=_NAMESPACE,
+                    num_cpus=0,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(machine, soft=False),
+                )
+                .remote()
             )
-            .remote()
-        )
+
+
+def _find(run: str, machine: str) -> Any | None:
+    """A machine's keeper, if there is one that Ray does not know to have ended."""
+    try:
+        return ray.get_actor(_name(run, machine), _NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _name(run: str, machine: str) -> str:
+    return f"keeper-{run}-{machine}"

@@ -1,14 +1,25 @@
 """The memory tier: checkpoints in the memory of machines survive any one of them; what is lost is told, not loaded."""
 
 import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.workers import SMALL, different, final_state, make_job, reached, train, wait_for
 from trainer.checkpoints.manifest import FORMAT, Saved, newest_valid, problem_of, render
 from trainer.checkpoints.memory import HeapKeeper, Keeper, KeeperStore
+from trainer.rundir import RunDirectory
+from trainer.verify import verify
 
 
 @dataclass
@@ -97,7 +108,7 @@ def test_only_what_was_committed_is_a_checkpoint_and_a_sweep_leaves_it_alone() -
     assert [m.files() for m in machines.memories] == [{}, {}]
 
 
-def test_a_file_that_was_sent_is_the_keepers_own(tmp_path: object) -> None:
+def test_a_file_that_was_sent_is_read_back_from_any_place() -> None:
     machines = Machines(1)
     store = KeeperStore(machines, 2)
     with store.create("step-00000001-attempt1", "file") as out:
@@ -119,3 +130,58 @@ def test_a_silent_machine_fails_the_save_and_the_checkpoint_before_stands() -> N
     machines.lost.add(1)  # by now it is known: the next save does without
     found = newest_valid(KeeperStore(machines, 2))
     assert found is not None and found.step == 5
+
+
+def kinds(run: RunDirectory, kind: str, attempt: int) -> list[dict[str, Any]]:
+    return [event for event in run.events() if event["event"] == kind and event["attempt"] == attempt]
+
+
+@pytest.fixture
+def on_ray(digits: Path, tmp_path: Path) -> Iterator[tuple[RunDirectory, "subprocess.Popen[str]"]]:
+    """A run on Ray whose disk is written only at the end; its driver is ended with the test."""
+    run = RunDirectory(tmp_path / "runs" / "kept")
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "launch.cli", "train", "digits", *SMALL, "duration=150it"),
+            *("checkpoint.every=1000it", "checkpoint.memory=5it", "--data", str(digits), "--runs", str(run.path.parent)),
+            *("--name", "kept", "--workers", "2", "--threads", "1", "--device", "cpu"),
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        yield run, process
+        process.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_workers_go_on_from_memory_with_the_same_bits(
+    on_ray: tuple[RunDirectory, "subprocess.Popen[str]"], digits: Path, tmp_path: Path
+) -> None:
+    run, process = on_ray
+    generator = random.Random(3)
+    for attempt, at in ((1, generator.randrange(20, 60)), (2, generator.randrange(80, 120))):
+        wait_for(lambda attempt=attempt, at=at: reached(run, at, attempt), 240)
+        victim = generator.choice(kinds(run, "start", attempt)[0]["workers"])["pid"]
+        os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+
+    for attempt in (1, 2):
+        committed = max(event["step"] for event in kinds(run, "memory_save", attempt))
+        (resumed,) = kinds(run, "resume", attempt + 1)
+        assert resumed["step"] >= committed
+        assert resumed["path"] == f"memory of 1 machine, step-{resumed['step']:08d}-attempt{attempt}"
+    assert run.store().names() == ["step-00000150"]
+    assert all(finding.holds for finding in verify(run))
+
+    calm = make_job(tmp_path / "calm", digits, "duration=150it")
+    train(calm, 2)
+    assert different(final_state(run), final_state(calm.run)) == []
+
+
+def test_without_ray_one_warning_says_that_there_is_no_memory_tier(digits: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path / "alone", digits, "duration=6it", "checkpoint.memory=2it", "evaluate.every=100it")
+    train(job, 1)
+    (warning,) = kinds(job.run, "warning", 1)
+    assert warning["message"].startswith("checkpoint.memory is passed over: without Ray")
+    assert not kinds(job.run, "memory_save_started", 1) and job.run.store().names() == ["step-00000006"]
