@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.keepers import keepers
+from tests.test_updates import run_with_a_fault
 from tests.workers import SMALL, different, final_state, make_job, reached, train, wait_for
 from trainer.checkpoints.manifest import FORMAT, Saved, newest_valid, problem_of, render
 from trainer.checkpoints.memory import HeapKeeper, Keeper, KeeperStore
@@ -50,6 +53,20 @@ class Silent(HeapKeeper):
         raise OSError("no answer")
 
 
+def fingerprint(contents: bytes) -> dict[str, Any]:
+    return {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
+
+
+def save_by_one(store: KeeperStore, step: int, size: int = 1000) -> Saved:
+    """Save one file, as a single worker would."""
+    draft, contents = f"step-{step:08d}-attempt1", bytes(size)
+    store.begin(draft)
+    with store.create(draft, "__0_0.distcp") as out:
+        out.write(contents)
+    manifest = {"format": FORMAT, "step": step, "files": {"__0_0.distcp": fingerprint(contents)}}
+    return Saved(step, store, store.commit(draft, f"step-{step:08d}", render(manifest)), manifest)
+
+
 def save(machines: Machines, copies: int, step: int, attempt: int = 1) -> Saved:
     """Save a file from each machine, as a worker on each would."""
     draft = f"step-{step:08d}-attempt{attempt}"
@@ -60,7 +77,7 @@ def save(machines: Machines, copies: int, step: int, attempt: int = 1) -> Saved:
         contents = f"machine {machine} at step {step}".encode() * 100
         with KeeperStore(machines.seen_from(machine), copies).create(draft, f"__{machine}_0.distcp") as out:
             out.write(contents)
-        files[f"__{machine}_0.distcp"] = {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
+        files[f"__{machine}_0.distcp"] = fingerprint(contents)
     manifest = {"format": FORMAT, "step": step, "files": files}
     return Saved(step, first, first.commit(draft, f"step-{step:08d}", render(manifest)), manifest)
 
@@ -142,9 +159,9 @@ def on_ray(digits: Path, tmp_path: Path) -> Iterator[tuple[RunDirectory, "subpro
     run = RunDirectory(tmp_path / "runs" / "kept")
     with subprocess.Popen(
         [
-            *(sys.executable, "-m", "launch.cli", "train", "digits", *SMALL, "duration=150it"),
-            *("checkpoint.every=1000it", "checkpoint.memory=5it", "--data", str(digits), "--runs", str(run.path.parent)),
-            *("--name", "kept", "--workers", "2", "--threads", "1", "--device", "cpu"),
+            *(sys.executable, "-m", "launch.cli", "train", "digits", *SMALL, "duration=100it"),
+            *("checkpoint.every=1000it", "checkpoint.memory=5it", "--data", str(digits), "--name", "kept"),
+            *("--runs", str(run.path.parent), "--workers", "2", "--threads", "1", "--device", "cpu"),
         ],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as process:  # fmt: skip
@@ -154,29 +171,76 @@ def on_ray(digits: Path, tmp_path: Path) -> Iterator[tuple[RunDirectory, "subpro
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_workers_go_on_from_memory_with_the_same_bits(
+def test_after_a_killed_worker_the_run_goes_on_from_memory_with_the_same_bits(
     on_ray: tuple[RunDirectory, "subprocess.Popen[str]"], digits: Path, tmp_path: Path
 ) -> None:
     run, process = on_ray
-    generator = random.Random(3)
-    for attempt, at in ((1, generator.randrange(20, 60)), (2, generator.randrange(80, 120))):
-        wait_for(lambda attempt=attempt, at=at: reached(run, at, attempt), 240)
-        victim = generator.choice(kinds(run, "start", attempt)[0]["workers"])["pid"]
-        os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: reached(run, random.Random(3).randrange(20, 70)), 240)
+    os.kill(random.Random(3).choice(kinds(run, "start", 1)[0]["workers"])["pid"], signal.SIGKILL)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
 
-    for attempt in (1, 2):
-        committed = max(event["step"] for event in kinds(run, "memory_save", attempt))
-        (resumed,) = kinds(run, "resume", attempt + 1)
-        assert resumed["step"] >= committed
-        assert resumed["path"] == f"memory of 1 machine, step-{resumed['step']:08d}-attempt{attempt}"
-    assert run.store().names() == ["step-00000150"]
+    (resumed,) = kinds(run, "resume", 2)
+    assert resumed["step"] >= max(event["step"] for event in kinds(run, "memory_save", 1))
+    assert resumed["path"] == f"memory of 1 machine, step-{resumed['step']:08d}-attempt1"
+    assert run.store().names() == ["step-00000100"]
     assert all(finding.holds for finding in verify(run))
 
-    calm = make_job(tmp_path / "calm", digits, "duration=150it")
+    calm = make_job(tmp_path / "calm", digits, "duration=100it")
     train(calm, 2)
     assert different(final_state(run), final_state(calm.run)) == []
+
+
+@pytest.fixture
+def ray_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray cluster of this machine, with this process as its driver."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_a_keeper_that_is_killed_fails_one_save_and_is_replaced(ray_here: None) -> None:
+    with keepers("test", "CPU") as found:
+        (keeper,) = found.near_first()
+        store = KeeperStore(found, 2)
+        saved = save_by_one(store, 5, size=10_000_000)
+        assert problem_of(saved) is None and str(saved) == "memory of 1 machine, step-00000005-attempt1"
+        with pytest.raises(FileNotFoundError):
+            store.open(saved.name, "other")
+        assert keeper.answers  # it said that there is no such file
+
+        os.kill(ray.get(keeper.actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+        with pytest.raises(OSError, match="did not answer|no machine keeps"):
+            save_by_one(store, 10)
+        wait_for(lambda: [k for k in found.near_first() if k.actor != keeper.actor])
+        assert store.names() == []  # what it kept went with it
+        assert problem_of(save_by_one(store, 15)) is None
+    assert found.near_first() == []
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> RunDirectory:
+    job = make_job(tmp_path_factory.mktemp("runs") / "healthy", digits)
+    train(job, 1)
+    return job.run
+
+
+@pytest.mark.parametrize(
+    ("memory", "back_to"),
+    [("13it", "memory of 1 machine, step-00000039-attempt1"), ("4it", "step-00000030")],
+    ids=["what is in memory is from before the fault", "what is in memory has the fault in it"],
+)
+def test_going_back_takes_memory_too_but_nothing_with_the_fault_in_it(
+    digits: Path, tmp_path: Path, healthy: RunDirectory, memory: str, back_to: str
+) -> None:
+    overrides = ("gradients={max_skipped: 6, when_exceeded: rollback}", f"checkpoint.memory={memory}")
+    job = make_job(tmp_path / "run", digits, *overrides, keepers=Machines(1))
+    assert run_with_a_fault(job, 40, 46) == 0
+    (rollback,) = kinds(job.run, "rollback", 1)
+    assert rollback["path"].endswith(back_to) and not kinds(job.run, "memory_save_failed", 1)
+    assert different(final_state(job.run), final_state(healthy)) == []
 
 
 def test_without_ray_one_warning_says_that_there_is_no_memory_tier(digits: Path, tmp_path: Path) -> None:
