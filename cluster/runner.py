@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -13,6 +13,7 @@ from ray.train.backend import BackendConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # the public path is still V1: pin Ray
 
+from cluster.keepers import keepers
 from configs import LonghaulError
 from trainer.job import Job
 from trainer.rundir import Events, RunDirectory
@@ -55,6 +56,16 @@ def train_on_ray(job: Job, placement: Placement) -> None:
     Raises LonghaulError when the cluster is too small, or when the workers were lost too often.
     """
     use_gpu = _uses_gpus(job, placement.num_workers)
+    name = f"attempts-{time.time_ns()}"  # of its own: Ray must not resume for us
+    if job.recipe.checkpoint.memory is None:
+        _fit(job, placement, use_gpu, name)
+    else:
+        with keepers(name, "GPU" if use_gpu else "CPU") as found:
+            _fit(replace(job, keepers=found), placement, use_gpu, name)
+
+
+def _fit(job: Job, placement: Placement, use_gpu: bool, name: str) -> None:
+    """Start workers, and again after each failure, until the run has ended."""
     trainer = DataParallelTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -66,7 +77,7 @@ def train_on_ray(job: Job, placement: Placement) -> None:
             resources_per_worker={"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1},
         ),
         run_config=RunConfig(
-            name=f"attempts-{time.time_ns()}",  # a name of its own: Ray must not resume for us
+            name=name,
             storage_path=str(job.run.path / "ray"),
             failure_config=FailureConfig(max_failures=placement.max_failures),
             callbacks=[_NoteFailures(job.run)],  # type: ignore[list-item]  # Ray's annotation names the V1 class

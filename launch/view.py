@@ -128,6 +128,9 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "checkpoint_failed": lambda e: (
         f"[yellow]Checkpoint at step {e['step']} failed: {escape(e['reason'])}; training goes on"
     ),
+    "memory_save_failed": lambda e: (
+        f"[yellow]Saving step {e['step']} in memory failed: {escape(e['reason'])}; training goes on"
+    ),
     "checkpoint_broken": lambda e: f"[yellow]Broken checkpoint set aside: {escape(e['reason'])}",
     "rollback": lambda e: (
         f"[yellow]Updates since step {e['failing_since']} had gradients that are not finite; going back to the "

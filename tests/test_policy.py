@@ -129,38 +129,46 @@ def policy_of(clock: Clock, leads: bool = True, **keys: Any) -> SavePolicy:
 @given(st.integers(1, 60), st.integers(1, 60), st.booleans())
 def test_what_is_due_by_the_step_is_a_function_of_the_step(every: int, keep_every: int, leads: bool) -> None:
     clock = Clock()
-    policy = policy_of(clock, leads, every=f"{every}it", keep_every=f"{keep_every}it", memory=f"{every}it")
-    for step in range(1, 100):
+    policy = policy_of(clock, leads, every=f"{every}it", keep_every=f"{keep_every}it")
+    for step in range(100):
         clock.time += 1000
-        assert policy.begin_step(saving=step % 2 == 0) == (False, False), "no clock is asked"
-        save = step % every == 0 or step % keep_every == 0
-        assert policy.end_step(step, False, False) == Due(save, step % every == 0)
+        assert policy.begin_step(step, saving=step % 2 == 0, copying=False) == (False, False), "no clock is asked"
+        due = policy.end_step(step + 1, False, False)
+        assert due == Due((step + 1) % every == 0 or (step + 1) % keep_every == 0, False)
 
 
-def test_the_clock_is_rank_0s_and_begins_anew_with_every_save() -> None:
+@pytest.mark.parametrize("memory", ["20s", "4it"])
+def test_what_goes_by_the_clock_goes_by_rank_0s_and_begins_anew_with_every_save(memory: str) -> None:
     clock = Clock()
-    policy, other = (policy_of(clock, leads, every="60s", memory="20s") for leads in (True, False))
-    wanted = []
+    policy, other = (policy_of(clock, leads, every="60s", memory=memory) for leads in (True, False))
+    saved, copied = [], []
     for step in range(1, 41):
-        asked = policy.begin_step(saving=False)
-        assert other.begin_step(saving=False) == (False, False)
+        asked = policy.begin_step(step - 1, saving=False, copying=False)
+        assert other.begin_step(step - 1, saving=False, copying=False) == (False, False)
         clock.time += 5
         due = policy.end_step(step, *asked)
         assert other.end_step(step, *asked) == due, "all ranks do what rank 0 says"
         if due.copy:
             policy.saved(0.0, in_memory=True)
+            copied.append(step)
         if due.save or step == 30:  # at 30 for another reason: a stop, a best score
             policy.saved(0.0, in_memory=False)
-            wanted.append(step)
-    assert wanted == [13, 26, 30]
+            saved.append(step)
+    assert saved == [13, 26, 30]
+    assert copied == {"20s": [5, 10, 15, 20, 25, 31, 36], "4it": [4, 8, 12, 16, 20, 24, 28, 32, 36, 40]}[memory]
 
 
-def test_no_save_is_begun_by_the_clock_while_one_is_under_way() -> None:
+def test_neither_waits_for_what_is_under_way() -> None:
     clock = Clock()
-    policy = policy_of(clock, every="60s", memory="20s")
+    policy = policy_of(clock, every="60s", memory="5it")
     clock.time += 600
-    assert policy.begin_step(saving=True) == (False, True)
-    assert policy.begin_step(saving=False) == (True, True)
+    assert policy.begin_step(3, saving=True, copying=False) == (False, False)
+    assert policy.begin_step(4, saving=True, copying=False) == (False, False), "the fifth step's copy is put off"
+    assert policy.begin_step(5, saving=False, copying=True) == (True, False)
+    assert policy.begin_step(6, saving=False, copying=False) == (True, True)
+    assert policy.end_step(7, save=True, copy=True) == Due(save=True, copy=False), "one of both, the one that lasts"
+    policy.saved(0.1, in_memory=False)
+    assert policy.begin_step(7, saving=False, copying=False) == (False, True), "and then the other"
 
 
 @given(st.lists(st.integers(0, 20), max_size=12), st.integers(0, 4))
@@ -388,7 +396,7 @@ def drive(pace_clock: Clock, policy: SavePolicy, steps: int, seconds: float, wri
     """Train `steps` steps with saves whose writing takes `writes` of them; returns when they were begun."""
     saved, left = [], 0
     for step in range(1, steps + 1):
-        asked = policy.begin_step(saving=left > 0)
+        asked = policy.begin_step(step - 1, saving=left > 0, copying=False)
         pace_clock.time += seconds * (1.5 if left > 0 else 1.0)
         left = max(0, left - 1)
         if policy.end_step(step, *asked).save:
@@ -426,7 +434,7 @@ def test_what_the_terminal_and_the_report_say_of_the_interval(tmp_path: Path) ->
         "event": "checkpoint_interval", "time": 60.0, "attempt": 1, "step": 70, "seconds": 750.0, "steps": 1500,
         "cost_seconds": 1.2, "mtbf_seconds": 30240, "num_failures": 2,
     }  # fmt: skip
-    copied = {"event": "checkpoint_started", "attempt": 1, "step": 5, "stall_seconds": 0.25, "tier": "memory"}
+    copied = {"event": "memory_save_started", "attempt": 1, "step": 5, "stall_seconds": 0.25}
     out = io.StringIO()
     view = View(run, Console(file=out, width=200))
     lines = [begun(0, 1) | {"workers": []}, interval, *({**copied, "time": 70.0 + n} for n in range(2))]

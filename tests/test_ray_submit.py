@@ -1,6 +1,7 @@
 """`ray up` and `ray submit` on three pretend machines: the run is the cluster's, and no terminal's."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -79,3 +80,23 @@ def test_what_the_user_can_mend_is_one_sentence(cluster: Cluster, arguments: tup
     assert code != 0
     assert sentence in output
     assert "Traceback" not in output
+
+
+def test_a_machine_that_loses_power_costs_no_more_than_the_interval_of_the_memory_tier(cluster: Cluster) -> None:
+    """The last test: a machine is gone afterwards. One of the three is spare."""
+    saving = ("checkpoint.every=100ep", "checkpoint.memory=5it")
+    arguments = (*SMALL[:2], "--workers", "2", *SMALL[4:], "--name", "dark", "duration=8ep", *saving)
+    client = cluster.submit(*arguments)
+    wait_for(lambda: [e for e in cluster.events("dark", "step") if e["step"] >= 40], 120, "step 40")
+    hosts = {worker["host"] for worker in cluster.events("dark", "start")[0]["workers"]}
+    victim = (hosts - {"lh1"}).pop()  # the head is lh1, and with it the run's driver would go
+    subprocess.run([pretend.HOSTS, "kill", victim.removeprefix("lh")], env=cluster.environment, check=True)
+    output, _ = client.communicate(timeout=240)
+    assert client.returncode == 0, output
+
+    committed = max(e["step"] for e in cluster.events("dark", "memory_save") if e["attempt"] == 1)
+    (resumed,) = cluster.events("dark", "resume")
+    assert resumed["step"] >= committed and resumed["path"].startswith("memory of 2 machines, ")
+    _, again = cluster.events("dark", "start")
+    assert {worker["host"] for worker in again["workers"]} == {"lh1", "lh2", "lh3"} - {victim}
+    assert json.loads((cluster.runs / "dark" / "result.json").read_text())["steps"] == 181

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from configs import Recipe
 from data_pipeline.storage import Location
+from trainer.checkpoints.memory import Keepers, KeeperStore
 from trainer.rundir import RunDirectory
 
 
@@ -18,6 +19,7 @@ class Job:
             or 1 where the recipe is deterministic).
         timeout_seconds: how long a collective may wait for another worker.
         cache_directory, cache_bytes: see `data_pipeline.cache.Cache`; None for each machine's own default.
+        keepers: the memory tier (see `trainer.checkpoints.memory`), where something outlives the workers.
     """
 
     recipe: Recipe
@@ -29,3 +31,10 @@ class Job:
     allow_changes: bool = False
     cache_directory: Path | None = None
     cache_bytes: int | None = None
+    keepers: Keepers | None = None
+
+    def memory(self) -> KeeperStore | None:
+        """The store in machines' memory, where the recipe asks for it and there is one."""
+        if self.recipe.checkpoint.memory is None or self.keepers is None:
+            return None
+        return KeeperStore(self.keepers, self.recipe.checkpoint.memory_copies)

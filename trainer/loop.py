@@ -20,6 +20,7 @@ from data_pipeline.split import Split
 from trainer.batchnorm import exact_statistics, replaced_statistics
 from trainer.checkpoints.policy import SavePolicy
 from trainer.checkpoints.saver import Checkpointer
+from trainer.checkpoints.store import Store
 from trainer.dealing import Work, deal
 from trainer.engines import Engine
 from trainer.evaluate import Score, evaluate
@@ -56,7 +57,6 @@ class Loop:
     threads: int
     history: History
     step: int
-    memory: Checkpointer | None = None
 
     def __post_init__(self) -> None:
         self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
@@ -78,20 +78,21 @@ class Loop:
         agreement = Agreement(self.group, num_flags=3)
         score = None
         while self.step < total:
-            agreement.ask(self.requests.here(), *self.policy.begin_step(self.checkpointer.busy))
+            agreement.ask(*self._wishes())
             for micro in micros:
                 batch = self._mix(self._load(batches), micro)
                 self._forward_backward(batch, micro)
                 self._record(micro, batch)
             self._update()
             self._look_back()
-            stop, *by_clock = agreement.answer()
-            due = self.policy.end_step(self.step, *by_clock)
+            stop, *wanted = agreement.answer()
+            due = self.policy.end_step(self.step, *wanted)
             finished = self.step == total
             told = self._due(self.recipe.log.every) or stop or finished
             evaluated = self._due(self.recipe.evaluate.every) or finished
             saved = due.save or stop or finished
-            if told or evaluated or saved or due.copy:
+            copied = due.copy and self.checkpointer.memory is not None
+            if told or evaluated or saved or copied:
                 health = self.engine.health()
                 if told:
                     self._account(total, health)
@@ -100,9 +101,9 @@ class Loop:
             if evaluated:
                 score = self._evaluate()
             if saved or self.policy.is_best(self.history.scores, self.step):
-                self._save(self.checkpointer)
-            if due.copy and self.memory is not None:
-                self._save(self.memory)
+                self._save()
+            elif copied:
+                self._save(self.checkpointer.memory)
             if stop and not finished:
                 self.checkpointer.wait()  # "stopped" promises that the checkpoint is there
                 self.telemetry.event("stopped", step=self.step)
@@ -119,6 +120,11 @@ class Loop:
     def evaluate_only(self) -> Score | None:
         """The score of the state as it is."""
         return self._evaluate()
+
+    def _wishes(self) -> tuple[bool, bool, bool]:
+        """Whether this worker wants to stop, to save and to copy after the step that begins."""
+        saving, copying = self.checkpointer.busy(), self.checkpointer.busy(in_memory=True)
+        return self.requests.here(), *self.policy.begin_step(self.step, saving, copying)
 
     def _load(self, batches: Iterator[Batch]) -> Batch:
         began = time.monotonic()
@@ -195,8 +201,9 @@ class Loop:
                 restored.enter_context(replaced_statistics(network, exact))
             return evaluate(Predictor(network, recipe, device), split, recipe, self.group, self.threads)
 
-    def _save(self, to: Checkpointer) -> None:
-        if to.last_step == self.step:
+    def _save(self, memory: Store | None = None) -> None:
+        """Start to save what decides the future: where the run keeps its checkpoints, or in `memory`."""
+        if self.checkpointer.last_step == self.step:
             return
         began = time.monotonic()
         self.engine.synchronise_buffers()
@@ -209,12 +216,12 @@ class Loop:
             "num_substitutes": len(ledger.substitutes),
             **self._score_of_this_step(),
         }
-        to.save(self.step, state, extra)
+        self.checkpointer.save(self.step, state, extra, memory)
         stall = time.monotonic() - began
         self.window.paused_seconds += stall
-        self.policy.saved(stall, in_memory=to is self.memory)
-        tier = {"tier": "memory"} if to is self.memory else {}
-        self.telemetry.event("checkpoint_started", step=self.step, stall_seconds=round(stall, 4), **tier)
+        self.policy.saved(stall, in_memory=memory is not None)
+        started = "checkpoint_started" if memory is None else "memory_save_started"
+        self.telemetry.event(started, step=self.step, stall_seconds=round(stall, 4))
 
     def _score_of_this_step(self) -> dict[str, Any]:
         scores = self.history.scores

@@ -232,6 +232,7 @@ _MESSAGES = {
     "worker_failure": "error",
     "error": "message",
     "checkpoint_failed": "reason",
+    "memory_save_failed": "reason",
     "checkpoint_broken": "reason",
 }
 
@@ -245,6 +246,7 @@ def _failures(events: Sequence[Event]) -> Html:
     names = {
         "failure": "attempt failed", "worker_failure": "worker lost", "error": "error",
         "checkpoint_failed": "checkpoint not saved", "checkpoint_broken": "checkpoint set aside",
+        "memory_save_failed": "not saved in memory",
     }  # fmt: skip
 
     def where(event: Event) -> str:
@@ -286,11 +288,11 @@ def _checkpoints(events: Sequence[Event]) -> Html:
             _outcome(end),
         )
         for begun in events
-        if begun["event"] == "checkpoint_started" and "tier" not in begun
+        if begun["event"] == "checkpoint_started"
         for end in [ends.get((begun.get("attempt"), begun.get("step")), {})]
     ]  # fmt: skip
     said = [interval_chosen(e) for e in events if e["event"] == "checkpoint_interval"][-1:]
-    copies = [e for e in events if e["event"] == "checkpoint_started" and e.get("tier") == "memory"]
+    copies = [e for e in events if e["event"] == "memory_save_started"]
     if copies:
         stood = duration(sum(e.get("stall_seconds", 0.0) for e in copies))
         said.append(

@@ -42,6 +42,10 @@ from trainer.schedules import require_scores, total_steps
 from trainer.stopping import StopRequests
 from trainer.telemetry import Telemetry
 
+_NO_MEMORY = (
+    "checkpoint.memory is passed over: without Ray nothing outlives the workers that could keep a checkpoint in memory."
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -100,10 +104,12 @@ class _Worker:
         self.job, self.recipe, self.group, self.engine = job, recipe, group, engine
         self.requests, self.threads = requests, threads
         self.train_split, self.val_split, self.order = train_split, val_split, order
+        self.memory = job.memory()
+        self.stores = [job.run.store()] if self.memory is None else [job.run.store(), self.memory]
 
     def run(self) -> Outcome:
         broken: list[tuple[str, str]] = []
-        result: Outcome | Saved | None = checkpoint_to_resume(self.job.run, self.group, broken)
+        result: Outcome | Saved | None = checkpoint_to_resume(self.stores, self.group, broken)
         while not isinstance(result, Outcome):
             result = self._attempt(result, broken)
             broken = []
@@ -121,7 +127,7 @@ class _Worker:
             loop, score = self._train(telemetry, saved, attempt)
             since = loop.failing_since()
             if since is not None:
-                return roll_back(self.recipe, run, group, telemetry, since)
+                return roll_back(self.recipe, run, self.stores, group, telemetry, since)
             if not loop.finished():
                 return Outcome("stopped", loop.step)
             if group.rank == 0:
@@ -139,12 +145,18 @@ class _Worker:
         step = 0 if saved is None else saved.step
         last = total_steps(self.recipe, len(self.train_split))
         fetch_ahead(self.train_split, self.order, step, last, self.group, telemetry)
+        retention = Retention(self.recipe, len(self.train_split))
         checkpointer = Checkpointer(
-            self.job.run.store(), self.group, attempt, Retention(self.recipe, len(self.train_split)),
+            self.stores[0], self.group, attempt,
+            superfluous=lambda store: store.names()[:-1] if store is self.memory else retention(store),
             on_saved=lambda saved, seconds: telemetry.event(
-                "checkpoint", path=str(saved), step=saved.step, seconds=round(seconds, 3)
+                "checkpoint" if saved.store is not self.memory else "memory_save",
+                path=str(saved), step=saved.step, seconds=round(seconds, 3),
             ),
-            on_failed=lambda at, why: telemetry.event("checkpoint_failed", step=at, reason=why),
+            on_failed=lambda store, at, why: telemetry.event(
+                "checkpoint_failed" if store is not self.memory else "memory_save_failed", step=at, reason=why
+            ),
+            memory=self.memory,
         )  # fmt: skip
         history = History() if saved is None else History.from_dict(saved.manifest["history"])
         policy = build_policy(self.recipe, len(self.train_split), self.group, self.job.run.events())
@@ -174,6 +186,8 @@ class _Worker:
             telemetry.event("checkpoint_broken", path=path, reason=why)
         for why in self.train_split.unreadable:
             telemetry.event("warning", message=f"{why} Until then other samples are shown in the place of its own.")
+        if self.recipe.checkpoint.memory is not None and self.memory is None:
+            telemetry.event("warning", message=_NO_MEMORY)
         telemetry.event(
             "start", world_size=self.group.world_size, workers=workers, data=str(self.job.data), data_sha256=data_hash,
             step=0 if saved is None else saved.step, recipe_sha256=_recipe_hash(self.recipe), torch=torch.__version__,

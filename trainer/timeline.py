@@ -22,7 +22,8 @@ CATEGORIES = (PRODUCTIVE, DATA_WAIT, EVALUATION, CHECKPOINT, LOST, OTHER)
 
 FAILURES = ("failure", "worker_failure", "error")
 _LIMITING_SHARE = 0.10
-_WITH_STEP = ("step", "evaluation", "checkpoint_started", "stopped", "finished")
+_STALLS = ("checkpoint_started", "memory_save_started")
+_WITH_STEP = ("step", "evaluation", *_STALLS, "stopped", "finished")
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,8 @@ def time_ledger(events: Iterable[Event]) -> dict[str, float]:
       the end tells of count at the pace of that last step event.
     - data wait: the same steps x `data_wait_seconds`, the slowest worker's.
     - evaluation: the sum of `seconds` of evaluation events.
-    - checkpoint stall: the sum of `stall_seconds` of checkpoint_started events; writing goes on behind the steps
-      and costs nothing here.
+    - checkpoint stall: the sum of `stall_seconds` of checkpoint_started and memory_save_started events; writing goes
+      on behind the steps and costs nothing here.
     - lost work: all of the above past the step that a later attempt resumed from.
     - start-up, restarts and idle: what is left of the wall time: from each start to its first step, from the last
       event of an attempt to the next start, and the steps between an attempt's last event and its death.
@@ -220,14 +221,14 @@ def _parts(attempt: Attempt) -> Iterator[tuple[str, float, float]]:
         yield PRODUCTIVE, kept, window.steps * (window.step_seconds - window.data_wait_seconds)
         yield DATA_WAIT, kept, window.steps * window.data_wait_seconds
     for event in attempt.events:
-        if event["event"] in ("evaluation", "checkpoint_started"):
+        if event["event"] in ("evaluation", *_STALLS):
             category = EVALUATION if event["event"] == "evaluation" else CHECKPOINT
             yield category, float(event.get("step", 0) <= attempt.kept_until), _paused(event)
 
 
 def _paused(event: Event) -> float:
     """Seconds of an event during which no step was computed."""
-    key = {"evaluation": "seconds", "checkpoint_started": "stall_seconds"}.get(event["event"], "")
+    key = {"evaluation": "seconds", **dict.fromkeys(_STALLS, "stall_seconds")}.get(event["event"], "")
     return float(event.get(key, 0.0))
 
 

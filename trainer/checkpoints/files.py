@@ -41,7 +41,8 @@ def write(state: State, store: Store, draft: str, group: dist.ProcessGroup) -> d
 def load(saved: Saved, state: Mapping[str, torch.Tensor | Piece], group: Group | None = None) -> None:
     """Fill the tensors and pieces of `state` in place from a checkpoint written by any number of workers.
 
-    Called by all ranks of `group` together, or (None) by one process. Raises LonghaulError where it does not fit.
+    Called by all ranks of `group` together, or (None) by one process. Raises LonghaulError where it does not fit,
+    OSError where the storage fails.
     """
     try:
         dcp.load(
@@ -53,6 +54,8 @@ def load(saved: Saved, state: Mapping[str, torch.Tensor | Piece], group: Group |
         )
     except dcp.api.CheckpointException as error:
         first = next(iter(error.failures.values()), ("unknown",))[0]
+        if isinstance(first, OSError):  # the storage has failed: nobody's mistake, another try may go well
+            raise first from None
         raise LonghaulError(f"The checkpoint {saved} does not fit this run: {first}.") from None
 
 

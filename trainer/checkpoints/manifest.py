@@ -31,6 +31,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_in(name: str) -> int:
+    """The step in a checkpoint's name, whatever follows it."""
+    return int(name.split("-")[1])
+
+
 def render(manifest: dict[str, Any]) -> bytes:
     """A manifest as the bytes of its file, whose last key is the SHA-256 of what precedes it."""
     return _text({**manifest, "sha256": _digest_of(manifest)})

@@ -14,7 +14,7 @@ from trainer.timeline import Event
 
 @dataclass(frozen=True)
 class Due:
-    """What to do with the state after a step: save it, and copy it into the memory of other machines."""
+    """What to do with the state after a step: save it, or else copy it into the memory of other machines."""
 
     save: bool
     copy: bool
@@ -23,9 +23,9 @@ class Due:
 class SavePolicy:
     """The decisions of `checkpoint.every`, `.keep_every`, `.keep_best` and `.memory`.
 
-    What is due by the step is a function of the step, which every rank knows. What is due by the clock is for rank 0 to
-    say, whose clock counts: as a step begins it is asked, while the step computes all learn of it (`Agreement`), after
-    the step all act on it.
+    What is due by the step is a function of the step, which every rank knows. What hangs on a clock, or on how far a
+    save has got, is for rank 0 to say: as a step begins it is asked, while the step computes all learn of it
+    (`Agreement`), after the step all act on it.
     """
 
     def __init__(
@@ -40,25 +40,29 @@ class SavePolicy:
         self._config, self._batch_size, self._num_samples = recipe.checkpoint, recipe.batch.size, num_samples
         self._pace, self._leads, self._now = pace, leads, now
         self._saved_at = self._copied_at = self._step_began = now()
-        self._saving = False
+        self._saving = self._copy_is_due = False
 
-    def begin_step(self, saving: bool) -> tuple[bool, bool]:
-        """Whether the clock wants the state saved and copied after this step; `saving`: a save is still under way,
-        which by the clock is reason enough to begin no other."""
+    def begin_step(self, step: int, saving: bool, copying: bool) -> tuple[bool, bool]:
+        """Whether rank 0 wants the state saved, and copied, after the update that follows `step` others.
+
+        `saving`, `copying`: whether a save and a copy are under way. By the clock no save is begun behind another. A
+        copy waits for both, whatever it goes by: it is there to save time.
+        """
         self._saving, self._step_began = saving, self._now()
         if not self._leads:
             return False, False
-        since_copy = self._step_began - self._copied_at
-        memory = self._config.memory
-        copy = isinstance(memory, WallTime) and since_copy >= memory.seconds
-        return not saving and self._save_by_clock(self._step_began - self._saved_at), copy
+        memory, since = self._config.memory, self._step_began - self._copied_at
+        by_clock = isinstance(memory, WallTime) and since >= memory.seconds
+        self._copy_is_due = self._copy_is_due or by_clock or self._reaches(memory, step + 1)
+        save = not saving and self._save_by_clock(self._step_began - self._saved_at)
+        return save, self._copy_is_due and not (saving or copying)
 
     def end_step(self, step: int, save: bool, copy: bool) -> Due:
-        """What is due after the `step`-th update (counted from 1), with what all have learnt of rank 0's clock."""
+        """What is due after `step` updates, with what all have learnt of rank 0's wishes."""
         if self._pace is not None:
             self._pace.cost.step(self._now() - self._step_began, self._saving)
-        by_step = any(self._reaches(every, step) for every in (self._config.every, self._config.keep_every))
-        return Due(save or by_step, copy or self._reaches(self._config.memory, step))
+        save = save or any(self._reaches(every, step) for every in (self._config.every, self._config.keep_every))
+        return Due(save, copy and not save)
 
     def is_best(self, scores: Sequence[tuple[int, int, int]], step: int) -> bool:
         """Whether the state after `step` updates was scored, and is among the `keep_best` best of all that were;
@@ -71,7 +75,7 @@ class SavePolicy:
     def saved(self, stall: float, in_memory: bool) -> None:
         """A save, or a copy into other machines' memory, was begun; training stood still for `stall` seconds."""
         if in_memory:
-            self._copied_at = self._now()
+            self._copied_at, self._copy_is_due = self._now(), False
             return
         self._saved_at = self._now()
         if self._pace is not None:

@@ -24,31 +24,38 @@ class Checkpointer:
         attempt: int,
         superfluous: Callable[[Store], list[str]],
         on_saved: Callable[[Saved, float], None],
-        on_failed: Callable[[int, str], None],
+        on_failed: Callable[[Store, int, str], None],
+        memory: Store | None = None,
     ) -> None:
         """`superfluous(store)` names the checkpoints to remove. It, `on_saved(saved, seconds)` and
-        `on_failed(step, why)` are called on rank 0, from the saving thread."""
+        `on_failed(store, step, why)` are called on rank 0, from the saving thread. `memory` is a second store, for
+        saves between those that are to last."""
         self._store, self._group, self._attempt, self._superfluous = store, group, attempt, superfluous
+        self.memory = memory
         self._on_saved, self._on_failed = on_saved, on_failed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._in_memory = False  # whether that goes there
         self._staged: State = {}
         self.last_step = -1
         if group.rank == 0:
-            store.sweep()
+            for swept in (store,) if memory is None else (store, memory):
+                swept.sweep()
 
-    def save(self, step: int, state: State, extra: dict[str, Any]) -> None:
-        """Copy the state and return; the copy is written behind the next steps. Waits for a save still under way."""
+    def save(self, step: int, state: State, extra: dict[str, Any], into: Store | None = None) -> None:
+        """Copy the state and return; the copy is written behind the next steps, into the store or (`into`) the one in
+        memory. Waits for a save still under way."""
         self.wait()
         self._make_room(state)
         copy_into(self._staged, state)
-        self.last_step = step
-        self._pending = self._thread.submit(self._write, step, dict(self._staged), extra)
+        self._in_memory = into is not None
+        if into is None:
+            self.last_step = step
+        self._pending = self._thread.submit(self._write, into or self._store, step, dict(self._staged), extra)
 
-    @property
-    def busy(self) -> bool:
-        """Whether a save is under way."""
-        return self._pending is not None and not self._pending.done()
+    def busy(self, in_memory: bool = False) -> bool:
+        """Whether a save is under way into the store, or into the one in memory."""
+        return self._pending is not None and not self._pending.done() and self._in_memory == in_memory
 
     def wait(self) -> None:
         """Until the save under way, if any, is committed or has failed."""
@@ -69,10 +76,10 @@ class Checkpointer:
         }
         self._staged |= empty_like(grown)
 
-    def _write(self, step: int, state: State, extra: dict[str, Any]) -> None:
+    def _write(self, store: Store, step: int, state: State, extra: dict[str, Any]) -> None:
         began = time.monotonic()
         draft = f"{checkpoint_name(step)}-attempt{self._attempt}"
-        problem, files = self._write_share(draft, state)
+        problem, files = self._write_share(store, draft, state)
         outcomes: list[Any] = [None] * self._group.world_size
         dist.all_gather_object(outcomes, (problem, files), group=self._group.saving)
         if self._group.rank != 0:
@@ -81,48 +88,49 @@ class Checkpointer:
         try:
             if problem is not None:
                 raise OSError(problem)
-            saved = self._commit(draft, step, {name: mark for _, own in outcomes for name, mark in own.items()}, extra)
+            marks = {name: mark for _, own in outcomes for name, mark in own.items()}
+            saved = self._commit(store, draft, step, marks, extra)
         except OSError as error:
-            reason = self._reason(str(error), state)
-            self._store.discard(draft)
-            self._on_failed(step, reason)
+            reason = self._reason(store, str(error), state)
+            store.discard(draft)
+            self._on_failed(store, step, reason)
             return
         self._on_saved(saved, time.monotonic() - began)
-        self._prune()
+        self._prune(store)
 
-    def _write_share(self, draft: str, state: State) -> tuple[str | None, dict[str, Any]]:
+    def _write_share(self, store: Store, draft: str, state: State) -> tuple[str | None, dict[str, Any]]:
         """This rank's files and their fingerprints. Never raises: a full disk must not stop the training."""
         problem = None
         try:
             if self._group.rank == 0:
-                self._store.begin(draft)
+                store.begin(draft)
         except OSError as error:
             problem = str(error)
         dist.barrier(group=self._group.saving)
         try:
-            return problem, write(state, self._store, draft, self._group.saving)
+            return problem, write(state, store, draft, self._group.saving)
         except OSError as error:
             return problem or str(error), {}
 
-    def _commit(self, draft: str, step: int, files: dict[str, Any], extra: dict[str, Any]) -> Saved:
+    def _commit(self, store: Store, draft: str, step: int, files: dict[str, Any], extra: dict[str, Any]) -> Saved:
         manifest = {"format": FORMAT, "step": step, "world_size": self._group.world_size, "files": files, **extra}
-        name = self._store.commit(draft, checkpoint_name(step), render(manifest))
-        return Saved(step, self._store, name, manifest)
+        name = store.commit(draft, checkpoint_name(step), render(manifest))
+        return Saved(step, store, name, manifest)
 
-    def _prune(self) -> None:
-        for name in self._superfluous(self._store):
+    def _prune(self, store: Store) -> None:
+        for name in self._superfluous(store):
             try:
-                self._store.remove(name)
+                store.remove(name)
             except OSError:  # what cannot be removed now is superfluous the next time too
                 continue
 
-    def _reason(self, message: str, state: State) -> str:
+    def _reason(self, store: Store, message: str, state: State) -> str:
         """Why a save failed. Of a full disk torch's writer often tells no more than an unexpected position."""
         try:
-            free = self._store.free_bytes()
+            free = store.free_bytes()
         except OSError:
             return message
         size = num_bytes(state)
         if free is not None and free < size:
-            return f"No space left on device: {self._store} has {free:,} bytes, a checkpoint takes up to {size:,}"
+            return f"No space left on device: {store} has {free:,} bytes, a checkpoint takes up to {size:,}"
         return message
