@@ -161,7 +161,7 @@ def test_what_goes_by_the_clock_goes_by_rank_0s_and_begins_anew_with_every_save(
 def test_neither_waits_for_what_is_under_way() -> None:
     clock = Clock()
     policy = policy_of(clock, every="60s", memory="5it")
-    clock.time += 600
+    clock.time += 599
     assert policy.begin_step(3, saving=True, copying=False) == (False, False)
     assert policy.begin_step(4, saving=True, copying=False) == (False, False), "the fifth step's copy is put off"
     assert policy.begin_step(5, saving=False, copying=True) == (True, False)
@@ -169,6 +169,8 @@ def test_neither_waits_for_what_is_under_way() -> None:
     assert policy.end_step(7, save=True, copy=True) == Due(save=True, copy=False), "one of both, the one that lasts"
     policy.saved(0.1, in_memory=False)
     assert policy.begin_step(7, saving=False, copying=False) == (False, True), "and then the other"
+    clock.time += 601
+    assert policy.begin_step(8, saving=True, copying=False) == (True, False), "a save that hangs is found by the next"
 
 
 @given(st.lists(st.integers(0, 20), max_size=12), st.integers(0, 4))

@@ -11,6 +11,8 @@ from trainer.group import Group
 from trainer.progress import is_due
 from trainer.timeline import Event
 
+_OVERDUE_SECONDS = 600.0  # the age from which a save that is still being written is taken to hang
+
 
 @dataclass(frozen=True)
 class Due:
@@ -45,8 +47,9 @@ class SavePolicy:
     def begin_step(self, step: int, saving: bool, copying: bool) -> tuple[bool, bool]:
         """Whether rank 0 wants the state saved, and copied, after the update that follows `step` others.
 
-        `saving`, `copying`: whether a save and a copy are under way. By the clock no save is begun behind another. A
-        copy waits for both, whatever it goes by: it is there to save time.
+        `saving`, `copying`: whether a save and a copy are under way. By the clock no save is begun behind another,
+        unless that seems to hang, which will then be told. A copy waits for both, whatever it goes by: it is there to
+        save time.
         """
         self._saving, self._step_began = saving, self._now()
         if not self._leads:
@@ -54,7 +57,8 @@ class SavePolicy:
         memory, since = self._config.memory, self._step_began - self._copied_at
         by_clock = isinstance(memory, WallTime) and since >= memory.seconds
         self._copy_is_due = self._copy_is_due or by_clock or self._reaches(memory, step + 1)
-        save = not saving and self._save_by_clock(self._step_began - self._saved_at)
+        age = self._step_began - self._saved_at
+        save = self._save_by_clock(age) and (not saving or age >= _OVERDUE_SECONDS)
         return save, self._copy_is_due and not (saving or copying)
 
     def end_step(self, step: int, save: bool, copy: bool) -> Due:
