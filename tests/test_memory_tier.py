@@ -200,8 +200,15 @@ def ray_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ray.shutdown()
 
 
+def saves(store: KeeperStore, step: int) -> bool:
+    try:
+        return problem_of(save_by_one(store, step)) is None
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
-def test_a_keeper_that_is_killed_fails_one_save_and_is_replaced(ray_here: None) -> None:
+def test_a_keeper_that_is_killed_starts_again_empty(ray_here: None) -> None:
     with keepers("test", "CPU") as found:
         (keeper,) = found.near_first()
         store = KeeperStore(found, 2)
@@ -212,11 +219,8 @@ def test_a_keeper_that_is_killed_fails_one_save_and_is_replaced(ray_here: None) 
         assert keeper.answers  # it said that there is no such file
 
         os.kill(ray.get(keeper.actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
-        with pytest.raises(OSError, match="did not answer|no machine keeps"):
-            save_by_one(store, 10)
-        wait_for(lambda: [k for k in found.near_first() if k.actor != keeper.actor])
-        assert store.names() == []  # what it kept went with it
-        assert problem_of(save_by_one(store, 15)) is None
+        wait_for(lambda: saves(store, 10))
+        assert store.names() == ["step-00000010-attempt1"]  # what it had kept went with it
     assert found.near_first() == []
 
 
