@@ -18,6 +18,8 @@ class Job:
             or 1 where the recipe is deterministic).
         timeout_seconds: how long a collective may wait for another worker.
         cache_directory, cache_bytes: see `data_pipeline.cache.Cache`; None for each machine's own default.
+        checkpoints: the directory or URL under which a new run's checkpoints go, by the run's name; None: into the
+            run's own directory, or where they have been going.
     """
 
     recipe: Recipe
@@ -29,3 +31,4 @@ class Job:
     allow_changes: bool = False
     cache_directory: Path | None = None
     cache_bytes: int | None = None
+    checkpoints: Location | None = None

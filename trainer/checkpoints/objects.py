@@ -1,4 +1,4 @@
-"""Checkpoints under a URL (s3://, gs://, ... through fsspec), where nothing can be renamed and writing may take long."""
+"""Checkpoints under a URL (s3://, gs://, ... through fsspec), where nothing can be renamed."""
 
 import io
 import os
