@@ -36,7 +36,7 @@ from trainer.loop import Loop
 from trainer.memory import keep_freed_memory
 from trainer.provenance import commit
 from trainer.resume import checkpoint_to_resume, roll_back
-from trainer.rundir import RunDirectory, settle_recipe, write_atomically
+from trainer.rundir import RunDirectory, settle_location, settle_recipe, write_atomically
 from trainer.schedules import require_scores, total_steps
 from trainer.stopping import StopRequests
 from trainer.telemetry import Telemetry
@@ -62,6 +62,7 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
         keep_freed_memory()
     with join(place, device, job.timeout_seconds) as group, StopRequests(job.run.stop_file) as requests:
         together(group, lambda: _require_shared(job.run))
+        together(group, lambda: settle_location(job.run, job.checkpoints, record=group.rank == 0))
         recipe = _settle(job, group)
         _choose_algorithms(recipe.deterministic)
         # The number of threads decides the order of sums, so a deterministic run does not take it from the machine.
