@@ -3,7 +3,7 @@
 This room knows nothing of data, models or clusters; every other room may import it.
 """
 
-from configs.duration import Duration
+from configs.duration import Duration, WallTime
 from configs.errors import LonghaulError, did_you_mean
 from configs.header import Header, read_header
 from configs.load import apply_overrides, dump, find_recipe, list_recipes, load_recipe, parse_recipe
@@ -14,6 +14,7 @@ __all__ = [
     "Header",
     "LonghaulError",
     "Recipe",
+    "WallTime",
     "apply_overrides",
     "did_you_mean",
     "dump",

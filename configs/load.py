@@ -73,8 +73,13 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
                 raise LonghaulError(f"'{override}': {'.'.join(parents[: depth + 1])} is a value, not a section.")
-        section[last] = value
+        merged = _merge(section, {last: value}) if not parents and key in _SHORT else {last: value}
+        section.update(merged)
     return result
+
+
+_SHORT = {"engine": "name"}
+"""Sections that may be given as the value of one of their keys: `engine: fsdp2`."""
 
 
 def lineage(path: Path) -> list[Path]:
@@ -127,6 +132,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Sections merge key by key; a section whose `kind` changes is replaced whole."""
     merged = dict(base)
     for key, value in over.items():
+        if key in _SHORT and isinstance(value, str):
+            value = {_SHORT[key]: value}
         old = merged.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping) and not _other_kind(old, value):
             merged[key] = _merge(old, value)

@@ -3,6 +3,7 @@
 Each section belongs to the component it configures. Unknown keys are refused (`configs.load` adds the nearest name).
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,7 +17,7 @@ from pydantic import (
 )
 
 from configs.augmentation import AutoAugment, ColourJitter, Erasing, Mixing, Progressive
-from configs.duration import Duration
+from configs.duration import Duration, Interval, IntervalOrAuto, WallTime
 from configs.optimisation import CrossEntropy, Ema, Gradients, Loss, LossScale, Optimizer, Schedule, Sgd
 from configs.section import Bounds, PositiveDuration, Section, ascending, default_kind
 
@@ -201,18 +202,69 @@ class Input(Section):
 
 
 class Engine(Section):
-    name: Literal["ddp"] = "ddp"
+    """What computes and reduces gradients: whole weights on every worker (`ddp`), or spread over the workers (`fsdp2`;
+    `deepspeed` with `zero_stage` 1 to 3, by default 1). It decides how much memory and communication a step takes, and
+    nothing of what is computed: a run may go on with another.
+
+    Gradients are summed over the workers in the precision `reduce`. `deepspeed` holds whatever else a DeepSpeed
+    configuration may contain.
+    """
+
+    name: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _only_deepspeed_has_stages(self) -> "Engine":
+        for key, given in (("zero_stage", self.zero_stage is not None), ("deepspeed", bool(self.deepspeed))):
+            if given and self.name != "deepspeed":
+                raise ValueError(
+                    f"engine.{key} would have no effect on engine.name={self.name}: leave it out, or give "
+                    "engine.name=deepspeed"
+                )
+        return self
+
+
+class Auto(Section):
+    """What `checkpoint.every: auto` goes by, beside what it measures.
+
+    `worker_mtbf` is how long one worker runs between two failures, believed until the run has failures of its own to
+    count (docs/checkpoints.md says where the default comes from). The interval lies between `shortest` and `longest`;
+    where an interval of `longest` would cost more than 1 % of the time it is lengthened.
+    """
+
+    worker_mtbf: WallTime = WallTime.parse("50000h")
+    shortest: WallTime = WallTime.parse("30s")
+    longest: WallTime = WallTime.parse("1h")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "Auto":
+        if self.shortest.seconds > self.longest.seconds:
+            raise ValueError(
+                f"checkpoint.auto.shortest={self.shortest} is more than checkpoint.auto.longest={self.longest}: "
+                "give the smaller bound to shortest"
+            )
+        return self
 
 
 class Checkpoint(Section):
-    """When state is saved, and how many checkpoints are kept (the newest ones).
+    """When state is saved, and which checkpoints are kept; nothing of it changes what the run computes.
 
-    On Ray, `memory` saves that often into the memory of the machines too, each file on `memory_copies` of them.
+    Saved every so often (`every`: a length of training, a time since the last save, or auto, which weighs the measured
+    cost of a save against the failures to be expected, see `auto`), when a run is asked to stop, and at the end. Kept
+    are the newest `keep_last`; the `keep_best` with the best top-1 score on the held-out images, of equal ones the
+    newer (so an evaluation among the best is saved); and for ever one at every multiple of `keep_every`.
+
+    The state is copied into the memory of `memory_copies` other machines every `memory` (null: never).
     """
 
-    every: PositiveDuration = Duration.parse("1ep")
+    every: IntervalOrAuto = "auto"
+    auto: Auto = Auto()
     keep_last: PositiveInt = 3
-    memory: PositiveDuration | None = None
+    keep_best: NonNegativeInt = 0
+    keep_every: PositiveDuration | None = None
+    memory: Interval | None = None
     memory_copies: PositiveInt = 2
 
 
@@ -236,12 +288,17 @@ class Log(Section):
 
 
 class Recipe(Section):
-    """A whole run. Two runs with equal recipes see the same samples, crops and learning rates at every step."""
+    """A whole run. Two runs with equal recipes see the same samples, crops and learning rates at every step.
+
+    With `deterministic` they have the same bits on as many workers of the same machines; with `reproducible`, which
+    implies it, on any number of workers.
+    """
 
     description: str = ""
     data: str | None = None  # the data set `longhaul train` uses when --data is left out; only "digits" is embedded
     seed: NonNegativeInt = Field(0, lt=2**63)
     deterministic: bool = False
+    reproducible: bool = False
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     channels_last: bool = True
     compile: Literal["eager", "default", "cuda-graphs", "max-autotune"] = "eager"
@@ -261,3 +318,22 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reproducible_is_deterministic(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("reproducible") is True:
+            return {"deterministic": True, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> "Recipe":
+        name = self.engine.name
+        for key, wanted in (("reproducible", self.reproducible), ("compile", self.compile != "eager")):
+            if wanted and name != "ddp":
+                raise ValueError(f"{key}={str(getattr(self, key)).lower()} needs engine.name=ddp, and it is {name}")
+        if self.reproducible and self.engine.reduce != "fp32":
+            raise ValueError("reproducible=true needs engine.reduce=fp32: rounding between workers depends on them")
+        if self.reproducible and not self.deterministic:
+            raise ValueError("reproducible=true implies deterministic=true: leave deterministic=false out")
+        return self

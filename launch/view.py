@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.report import interval_chosen
 from trainer.rundir import RunDirectory
 
 _LOG_SECONDS = 15.0
@@ -123,6 +124,7 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "evaluation": lambda e: (
         f"Evaluation at step {e['step']}: top-1 {e['top1']:.2%}, top-5 {e['top5']:.2%} of {e['num_images']:,} images"
     ),
+    "checkpoint_interval": interval_chosen,
     "checkpoint_failed": lambda e: (
         f"[yellow]Checkpoint at step {e['step']} failed: {escape(e['reason'])}; training goes on"
     ),

@@ -66,7 +66,7 @@ def test_a_dump_writes_every_default_out(name: str) -> None:
     values = yaml.safe_load(dump(load_recipe(name)))
     assert {"seed", "precision", "engine", "loss", "log", "checkpoint"} <= set(values)
     assert "extends" not in values
-    assert set(values["checkpoint"]) == {"every", "keep_last"}
+    assert {"every", "keep_last", "keep_best", "keep_every", "memory"} <= set(values["checkpoint"])
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -337,7 +337,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(override: str, key: str
         ("batch.micro=100", "try batch.micro=64"),
         ("input.eval_resize=7", "input.eval_resize=7 is smaller than input.size=8"),
         ("duration=90", "duration: '90' is not a duration: write it as 90ep, 600000it or 1.2Msamples"),
-        ("checkpoint.every=-1ep", "checkpoint.every: '-1ep' is not a duration: write it as"),
+        ("checkpoint.every=-1ep", "checkpoint.every: '-1ep' is not an interval: write it as"),
         ("checkpoint.every=[1ep]", "checkpoint.every: "),
         ("checkpoint.every=0ep", "checkpoint.every: '0ep' must be more than zero"),
         ("evaluate.every=0.0it", "evaluate.every: '0.0it' must be more than zero"),

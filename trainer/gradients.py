@@ -4,6 +4,7 @@ Nothing here waits for the device: the verdict on a gradient stays there as a te
 `torch.amp.GradScaler`). How often it was bad is asked for when the loop gives an account.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,10 +82,19 @@ class LossScaler:
 
 
 @torch.no_grad()
-def finish(gradients: list[Tensor], scale: Tensor | None, clip_norm: float | None) -> Tensor:
+def finish(
+    gradients: list[Tensor],
+    scale: Tensor | None,
+    clip_norm: float | None,
+    sum_of_squares: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Take the loss scale out of the gradients and clip them, in place (Pascanu et al. 2012, as
-    `torch.nn.utils.clip_grad_norm_`). Returns the L2 norm that the whole gradient had, unscaled: float32 []."""
+    `torch.nn.utils.clip_grad_norm_`). Returns the L2 norm that the whole gradient had, unscaled: float32 [].
+
+    `sum_of_squares` turns the squared norm of what is here into that of the whole gradient, where it is spread."""
     norm = torch.nn.utils.get_total_norm(gradients)
+    if sum_of_squares is not None:
+        norm = sum_of_squares(norm.square()).sqrt()
     if scale is not None:
         norm = norm / scale
     factor = None if scale is None else 1.0 / scale

@@ -18,6 +18,7 @@ from data_pipeline.philox import philox
 from data_pipeline.records import substitutes
 from data_pipeline.split import Split
 from trainer.batchnorm import exact_statistics, replaced_statistics
+from trainer.checkpoints.policy import SavePolicy
 from trainer.checkpoints.saver import Checkpointer
 from trainer.checkpoints.store import Store
 from trainer.dealing import Work, deal
@@ -50,6 +51,7 @@ class Loop:
     order: Order
     recorder: Recorder
     checkpointer: Checkpointer
+    policy: SavePolicy
     telemetry: Telemetry
     requests: StopRequests
     threads: int
@@ -73,32 +75,34 @@ class Loop:
             self.train_split, self.recipe.input, self.order,
             Work(self.step, total, micros), self.group.device, self.threads,
         )  # fmt: skip
-        agreement = Agreement(self.group)
+        agreement = Agreement(self.group, num_flags=3)
         score = None
         while self.step < total:
-            agreement.ask(self.requests.here())
+            agreement.ask(*self._wishes())
             for micro in micros:
                 batch = self._mix(self._load(batches), micro)
-                self._forward_backward(batch, micro, last=micro == micros[-1])
+                self._forward_backward(batch, micro)
                 self._record(micro, batch)
             self._update()
             self._look_back()
-            stop = agreement.answer()
+            stop, *wanted = agreement.answer()
+            due = self.policy.end_step(self.step, *wanted)
             finished = self.step == total
             told = self._due(self.recipe.log.every) or stop or finished
-            saved = self._due(self.recipe.checkpoint.every) or stop or finished
-            kept = not saved and self._due_in_memory()
-            if told or saved or kept:
+            evaluated = self._due(self.recipe.evaluate.every) or finished
+            saved = due.save or stop or finished
+            copied = due.copy and self.checkpointer.memory is not None
+            if told or evaluated or saved or copied:
                 health = self.engine.health()
                 if told:
                     self._account(total, health)
                 if health.failing_since is not None:
                     return None  # before it is saved: what is saved can be gone on with
-            if self._due(self.recipe.evaluate.every) or finished:
+            if evaluated:
                 score = self._evaluate()
-            if saved:
+            if saved or self.policy.is_best(self.history.scores, self.step):
                 self._save()
-            elif kept:
+            elif copied:
                 self._save(self.checkpointer.memory)
             if stop and not finished:
                 self.checkpointer.wait()  # "stopped" promises that the checkpoint is there
@@ -117,6 +121,11 @@ class Loop:
         """The score of the state as it is."""
         return self._evaluate()
 
+    def _wishes(self) -> tuple[bool, bool, bool]:
+        """Whether this worker wants to stop, to save and to copy after the step that begins."""
+        saving, copying = self.checkpointer.busy(), self.checkpointer.busy(in_memory=True)
+        return self.requests.here(), *self.policy.begin_step(self.step, saving, copying)
+
     def _load(self, batches: Iterator[Batch]) -> Batch:
         began = time.monotonic()
         batch = next(batches)
@@ -131,9 +140,9 @@ class Loop:
         images, targets = mix(batch.images, batch.labels, self.num_classes, how)
         return replace(batch, images=images, labels=targets)
 
-    def _forward_backward(self, batch: Batch, micro: int, last: bool) -> None:
+    def _forward_backward(self, batch: Batch, micro: int) -> None:
         seed = forward_seed(self.recipe.seed, self.step, micro)
-        sums = self.engine.forward_backward(batch.images, batch.labels, seed, micro == 0, last)
+        sums = self.engine.forward_backward(batch.images, batch.labels, seed, micro)
         self.window.add(sums)
         if self.recipe.schedule.hold is not None:
             self._correct += sums[1]
@@ -167,6 +176,8 @@ class Loop:
             **fetched,
         }
         self.telemetry.step(self.step, total, round(self.order.epoch_of(self.step), 4), lr=self._last_rate, **figures)
+        if (interval := self.policy.news()) is not None:
+            self.telemetry.event("checkpoint_interval", step=self.step, **interval)
 
     def _evaluate(self) -> Score | None:
         if self.val_split is None:
@@ -203,16 +214,20 @@ class Loop:
             "history": self.history.as_dict(),
             "num_classes": self.num_classes,
             "num_substitutes": len(ledger.substitutes),
+            **self._score_of_this_step(),
         }
         self.checkpointer.save(self.step, state, extra, memory)
         stall = time.monotonic() - began
         self.window.paused_seconds += stall
+        self.policy.saved(stall, in_memory=memory is not None)
         started = "checkpoint_started" if memory is None else "memory_save_started"
         self.telemetry.event(started, step=self.step, stall_seconds=round(stall, 4))
 
-    def _due_in_memory(self) -> bool:
-        every = self.recipe.checkpoint.memory
-        return every is not None and self.checkpointer.memory is not None and self._due(every)
+    def _score_of_this_step(self) -> dict[str, Any]:
+        scores = self.history.scores
+        if not scores or scores[-1][0] != self.step:
+            return {}
+        return {"score": {"num_top1": scores[-1][1], "num_images": scores[-1][2]}}
 
     def _due(self, every: Duration) -> bool:
         return is_due(every, self.step, self.recipe.batch.size, len(self.train_split))

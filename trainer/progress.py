@@ -12,8 +12,12 @@ from trainer.group import Group
 
 def is_due(every: Duration, step: int, batch_size: int, num_samples: int) -> bool:
     """Whether a multiple of `every` was reached by the `step`-th update (counted from 1). A pure function."""
-    period = every.samples(batch_size, num_samples)
-    return int(step * batch_size / period + 1e-9) > int((step - 1) * batch_size / period + 1e-9)
+    return multiples(every, step, batch_size, num_samples) > multiples(every, step - 1, batch_size, num_samples)
+
+
+def multiples(every: Duration, step: int, batch_size: int, num_samples: int) -> int:
+    """How many multiples of `every` the first `step` updates have reached. A pure function."""
+    return int(step * batch_size / every.samples(batch_size, num_samples) + 1e-9)
 
 
 @dataclass

@@ -275,7 +275,7 @@ def _evaluations(events: Sequence[Event]) -> Html:
 
 
 def _checkpoints(events: Sequence[Event]) -> Html:
-    """One row for each save that was begun, whatever became of it."""
+    """The interval that was chosen, and one row for each save that was begun, whatever became of it."""
     ends = {(e.get("attempt"), e.get("step")): e for e in events if e["event"] in ("checkpoint", "checkpoint_failed")}
     columns = {
         "Step": _NUMBER, "Attempt": _NUMBER, "Begun (UTC)": _PLAIN, "Steps stood still": _NUMBER,
@@ -291,7 +291,24 @@ def _checkpoints(events: Sequence[Event]) -> Html:
         if begun["event"] == "checkpoint_started"
         for end in [ends.get((begun.get("attempt"), begun.get("step")), {})]
     ]  # fmt: skip
-    return _table(columns, rows) if rows else Html('<p class="soft">None so far.</p>')
+    said = [interval_chosen(e) for e in events if e["event"] == "checkpoint_interval"][-1:]
+    copies = [e for e in events if e["event"] == "memory_save_started"]
+    if copies:
+        stood = duration(sum(e.get("stall_seconds", 0.0) for e in copies))
+        said.append(
+            f"{len(copies):,} copies were made into the memory of other machines; steps stood still for {stood}."
+        )
+    notes = "".join(f'<p class="soft">{escape(sentence)}</p>' for sentence in said)
+    return Html(notes + (_table(columns, rows) if rows else Html('<p class="soft">None so far.</p>')))
+
+
+def interval_chosen(event: Event) -> str:
+    """What `checkpoint.every: auto` has come to, and why, in a sentence."""
+    interval, cost, between = (duration(event.get(key, 0.0)) for key in ("seconds", "cost_seconds", "mtbf_seconds"))
+    return (
+        f"A checkpoint every {interval}, about {event.get('steps', 0):,} steps: a save costs {cost} of training, and a "
+        f"failure is to be expected every {between} ({event.get('num_failures', 0):,} so far)."
+    )
 
 
 def _outcome(end: Event) -> str:

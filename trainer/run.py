@@ -21,9 +21,10 @@ from data_pipeline.split import Split
 from data_pipeline.storage import Location
 from trainer.checkpoints.files import load
 from trainer.checkpoints.manifest import Saved
+from trainer.checkpoints.policy import build_policy
+from trainer.checkpoints.retention import Retention
 from trainer.checkpoints.saver import Checkpointer
 from trainer.checkpoints.state import empty_like
-from trainer.checkpoints.store import Store
 from trainer.count import count
 from trainer.engines import Engine, build_engine
 from trainer.evaluate import Score
@@ -145,8 +146,10 @@ class _Worker:
         step = 0 if saved is None else saved.step
         last = total_steps(self.recipe, len(self.train_split))
         fetch_ahead(self.train_split, self.order, step, last, self.group, telemetry)
+        retention = Retention(self.recipe, len(self.train_split))
         checkpointer = Checkpointer(
-            self.stores[0], self.group, attempt, self._superfluous,
+            self.stores[0], self.group, attempt,
+            superfluous=lambda store: store.names()[:-1] if store is self.memory else retention(store),
             on_saved=lambda saved, seconds: telemetry.event(
                 "checkpoint" if saved.store is not self.memory else "memory_save",
                 path=str(saved), step=saved.step, seconds=round(seconds, 3),
@@ -157,17 +160,15 @@ class _Worker:
             memory=self.memory,
         )  # fmt: skip
         history = History() if saved is None else History.from_dict(saved.manifest["history"])
+        policy = build_policy(self.recipe, len(self.train_split), self.group, self.job.run.events())
         loop = Loop(
             self.recipe, self.group, self.engine, self.train_split, self.val_split, self.order,
-            Recorder(self._restore(saved)), checkpointer, telemetry, self.requests, self.threads, history, step,
+            Recorder(self._restore(saved)), checkpointer, policy, telemetry, self.requests, self.threads, history, step,
         )  # fmt: skip
         checkpointer.last_step = step if saved is not None else -1
         score = loop.evaluate_only() if loop.finished() else loop.run()
         checkpointer.close()
         return loop, score
-
-    def _superfluous(self, store: Store) -> list[str]:
-        return store.names()[: -1 if store is self.memory else -self.recipe.checkpoint.keep_last]
 
     def _announce(self, telemetry: Telemetry, saved: Saved | None, broken: Iterable[tuple[str, str]]) -> None:
         """Everything about this start in events.jsonl, and the recipe beside it."""

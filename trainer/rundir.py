@@ -15,6 +15,9 @@ from data_pipeline.storage import Location, parse_location
 from trainer.checkpoints.objects import open_store
 from trainer.checkpoints.store import Store
 
+# Keys that decide nothing of the result: a run goes on with other values of theirs as with its own.
+_NOT_OF_THE_RESULT = ("description", "checkpoint.", "log.")
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -173,13 +176,13 @@ def settle_recipe(run: RunDirectory, recipe: Recipe, allow_changes: bool) -> Rec
 
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
-    """What changed, one ``key: old -> new`` each."""
+    """What changed of that which decides the result, one ``key: old -> new`` each."""
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     keys = [*before, *(key for key in after if key not in before)]
     return [
         f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in keys
-        if key != "description" and before.get(key) != after.get(key)
+        if not key.startswith(_NOT_OF_THE_RESULT) and before.get(key) != after.get(key)
     ]
 
 

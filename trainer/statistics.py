@@ -1,5 +1,7 @@
 """Batch norm's running statistics as one tensor: kept, given away and put back in a single operation."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -39,6 +41,17 @@ class Statistics:
         if self.norms:
             dist.broadcast(self._values, src=0, group=group)
             dist.broadcast(self._counters, src=0, group=group)
+
+
+@torch.no_grad()
+def broadcast_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Give every rank the tensors of rank 0, in one operation for each dtype."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        dist.broadcast(flat, src=0, group=group)
+        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def _gather(places: list[tuple[nn.Module, str]]) -> Tensor:

@@ -52,18 +52,19 @@ class StopRequests:
 
 
 class Agreement:
-    """One flag, agreed on by all ranks while a step computes: asked before it, known after it, at no cost in time."""
+    """Flags, agreed on by all ranks while a step computes: asked before it, known after it, at no cost in time."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, num_flags: int) -> None:
         self._group = group
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._flags = torch.zeros(num_flags, dtype=torch.int32)
         self._work: Any = None
 
-    def ask(self, here: bool) -> None:
-        self._flag[0] = int(here)
-        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group.control, async_op=True)
+    def ask(self, *here: bool) -> None:
+        """What this rank says to each flag."""
+        self._flags.copy_(torch.tensor(here))
+        self._work = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group.control, async_op=True)
 
-    def answer(self) -> bool:
-        """Whether any rank said yes."""
+    def answer(self) -> list[bool]:
+        """For each flag, whether any rank said yes."""
         self._work.wait()
-        return bool(self._flag[0])
+        return [bool(flag) for flag in self._flags.tolist()]

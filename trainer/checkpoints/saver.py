@@ -38,37 +38,46 @@ class Checkpointer:
         attempt: int,
         superfluous: Callable[[Store], list[str]],
         on_saved: Callable[[Saved, float], None],
-        on_failed: Callable[[int, str], None],
+        on_failed: Callable[[Store, int, str], None],
+        memory: Store | None = None,
         patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         """`superfluous(store)` names the checkpoints to remove. It, `on_saved(saved, seconds)` and
-        `on_failed(step, why)` are called on rank 0, mostly from the saving thread."""
+        `on_failed(store, step, why)` are called on rank 0, mostly from the saving thread. `memory` is a second store,
+        for saves between those that are to last."""
+        self.memory = memory
         self._store, self._group, self._attempt, self._superfluous = store, group, attempt, superfluous
         self._on_saved, self._on_failed, self._patience = on_saved, on_failed, patience_seconds
         self._ranks = group.saving
         self._pending: Future[None] | None = None
-        self._began = 0.0
+        self._into, self._began = store, 0.0  # where that goes, and since when
         self._staged: State = {}
         self.last_step = -1
         if group.rank == 0:
-            with suppress(OSError):  # what cannot be removed now is swept the next time
-                store.sweep()
+            for swept in (store,) if memory is None else (store, memory):
+                with suppress(OSError):  # what cannot be removed now is swept the next time
+                    swept.sweep()
 
-    def save(self, step: int, state: State, extra: dict[str, Any]) -> None:
-        """Copy the state and return; the copy is written behind the next steps. Called by all ranks together. Waits for
-        a save still under way, see the class for how long."""
-        self.last_step = step
+    def save(self, step: int, state: State, extra: dict[str, Any], into: Store | None = None) -> None:
+        """Copy the state and return; the copy is written behind the next steps, into the store or (`into`) the one in
+        memory. Called by all ranks together. Waits for a save still under way, see the class for how long."""
+        if into is None:
+            self.last_step = step
         self._wait(self._began + self._patience)
-        if not self._ready(step):
+        if not self._ready(into or self._store, step):
             return
         self._make_room(state)
         copy_into(self._staged, state)
         copied = torch.cuda.current_stream().record_event() if self._group.device.type == "cuda" else None
-        self._pending, self._began = Future(), time.monotonic()
+        self._pending, self._into, self._began = Future(), into or self._store, time.monotonic()
         # A daemon: a write that hangs for ever does not keep the process from ending.
         threading.Thread(
-            target=self._run, args=(self._pending, copied, step, dict(self._staged), extra), daemon=True
+            target=self._run, args=(self._pending, copied, self._into, step, dict(self._staged), extra), daemon=True
         ).start()
+
+    def busy(self, in_memory: bool = False) -> bool:
+        """Whether a save is under way into the store, or into the one in memory."""
+        return self._pending is not None and not self._pending.done() and (self._into is self.memory) == in_memory
 
     def wait(self) -> None:
         """Until the save under way, if any, is committed or has failed: the last one, so with more patience."""
@@ -78,13 +87,14 @@ class Checkpointer:
         """Wait for the last save."""
         self.wait()
         if self._pending is not None and not self._pending.done() and self._group.rank == 0:
-            self._on_failed(self.last_step, f"the last save to {self._store} hangs, and is not waited for any longer")
+            why = f"the last save to {self._into} hangs, and is not waited for any longer"
+            self._on_failed(self._into, self.last_step, why)
 
     def _wait(self, deadline: float) -> None:
         if self._pending is not None:
             wait_for([self._pending], max(deadline - time.monotonic(), 0.0))
 
-    def _ready(self, step: int) -> bool:
+    def _ready(self, store: Store, step: int) -> bool:
         """Whether a save can begin, on all ranks alike: not while an earlier one hangs on one of them. Ranks that lost
         each other in such a save get a new group."""
         hangs = self._pending is not None and not self._pending.done()
@@ -93,7 +103,7 @@ class Checkpointer:
         hanging = [rank for rank, (hangs, _) in enumerate(ranks) if hangs]
         if hanging:
             if self._group.rank == 0:
-                self._on_failed(step, f"an earlier save to {self._store} still hangs, on rank {hanging[0]}")
+                self._on_failed(store, step, f"an earlier save to {self._into} still hangs, on rank {hanging[0]}")
             return False
         if any(lost for _, lost in ranks):
             self._ranks = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
@@ -109,60 +119,63 @@ class Checkpointer:
         }
         self._staged |= empty_like(grown)
 
-    def _run(self, done: Future[None], copied: Any, step: int, state: State, extra: dict[str, Any]) -> None:
+    def _run(
+        self, done: Future[None], copied: Any, store: Store, step: int, state: State, extra: dict[str, Any]
+    ) -> None:
         try:
             if copied is not None:
                 copied.synchronize()
-            self._write(step, state, extra)
+            self._write(store, step, state, extra)
         except Exception as error:  # the ranks have lost each other: one has died, or hangs in its storage
             if self._group.rank == 0:
-                self._on_failed(step, f"{type(error).__name__}: {error}".splitlines()[0])
+                self._on_failed(store, step, f"{type(error).__name__}: {error}".splitlines()[0])
             done.set_exception(error)
         else:
             done.set_result(None)
 
-    def _write(self, step: int, state: State, extra: dict[str, Any]) -> None:
+    def _write(self, store: Store, step: int, state: State, extra: dict[str, Any]) -> None:
         began = time.monotonic()
         draft = f"{checkpoint_name(step)}-attempt{self._attempt}"
         try:
-            self._begin(draft)
-            written = write(state, self._store, draft, self._ranks)
+            self._begin(store, draft)
+            written = write(state, store, draft, self._ranks)
             shares: list[Any] = [None] * self._group.world_size
             dist.all_gather_object(shares, written, group=self._ranks)
             if self._group.rank == 0:
                 files = {name: mark for share in shares for name, mark in share.items()}
-                self._on_saved(self._commit(draft, step, files, extra), time.monotonic() - began)
-                self._prune()
+                self._on_saved(self._commit(store, draft, step, files, extra), time.monotonic() - began)
+                self._prune(store)
         except OSError as error:  # on every rank, but of a commit, which is rank 0's alone
             if self._group.rank == 0:
-                self._store.discard(draft)
-                self._on_failed(step, self._reason(error))
+                store.discard(draft)
+                self._on_failed(store, step, _reason(store, error))
 
-    def _begin(self, draft: str) -> None:
+    def _begin(self, store: Store, draft: str) -> None:
         """Start the draft; where rank 0 cannot, every rank raises OSError."""
         problem: list[str | None] = [None]
         if self._group.rank == 0:
             try:
-                self._store.begin(draft)
+                store.begin(draft)
             except OSError as error:
                 problem = [str(error)]
         dist.broadcast_object_list(problem, src=0, group=self._ranks)
         if problem[0] is not None:
             raise OSError(problem[0])
 
-    def _commit(self, draft: str, step: int, files: dict[str, Any], extra: dict[str, Any]) -> Saved:
+    def _commit(self, store: Store, draft: str, step: int, files: dict[str, Any], extra: dict[str, Any]) -> Saved:
         manifest = {"format": FORMAT, "step": step, "world_size": self._group.world_size, "files": files, **extra}
-        name = self._store.commit(draft, checkpoint_name(step), render(manifest))
-        return Saved(step, self._store, name, manifest)
+        name = store.commit(draft, checkpoint_name(step), render(manifest))
+        return Saved(step, store, name, manifest)
 
-    def _prune(self) -> None:
+    def _prune(self, store: Store) -> None:
         with suppress(OSError):  # what cannot be removed now is superfluous the next time too
-            for name in self._superfluous(self._store):
-                self._store.remove(name)
+            for name in self._superfluous(store):
+                store.remove(name)
 
-    def _reason(self, error: OSError) -> str:
-        with suppress(OSError):
-            free = self._store.free_bytes()
-            if free is not None:
-                return f"{error} ({self._store} has {free / 1e6:,.1f} MB left)"
-        return str(error)
+
+def _reason(store: Store, error: OSError) -> str:
+    with suppress(OSError):
+        free = store.free_bytes()
+        if free is not None:
+            return f"{error} ({store} has {free / 1e6:,.1f} MB left)"
+    return str(error)

@@ -1,4 +1,4 @@
-"""Replicated weights, gradients averaged by torch's DistributedDataParallel."""
+"""Whole weights on every rank, gradients summed by torch's DistributedDataParallel."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -6,131 +6,73 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.schema import Recipe
-from trainer.averaging import Average
+from trainer.checkpoints.state import State
 from trainer.compiling import compiled
-from trainer.gradients import Guard, Health, LossScaler, finish
-from trainer.group import Group
-from trainer.losses import build_loss, main_logits
-from trainer.models import build_model
+from trainer.engines.base import Engine
+from trainer.engines.tree import TreeSum
 from trainer.optim import build_optimizer
-from trainer.predict import autocast
-from trainer.statistics import Statistics
+from trainer.predict import autocast, place
 
 
-class DdpEngine:
-    """See `trainer.engines.base.Engine`."""
+class DdpEngine(Engine):
+    """Replicated weights. In `reproducible` mode DDP's own reduction, whose order depends on the number of ranks, gives
+    way to a sum along a tree over the micro-batches, whose order does not."""
 
-    def __init__(self, recipe: Recipe, num_samples: int, num_classes: int, group: Group) -> None:
-        self._recipe, self._group = recipe, group
-        self._model: nn.Module = build_model(recipe.model, num_classes, recipe.seed).to(group.device)
-        if recipe.channels_last:
-            self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._parameters = list(self._model.parameters())
-        self._optimizer = build_optimizer(recipe.optimizer, self._model)
-        self._statistics = Statistics(self._model)
-        self._average = None if recipe.ema is None else Average(recipe, num_samples, self._model)
-        self._guard = Guard(recipe.gradients, group.device)
-        self._scaler = LossScaler(recipe.loss_scale if recipe.precision == "fp16" else None, group.device)
-        self._norm = torch.zeros((), device=group.device)
-        # A micro-batch's loss is a mean over its samples; the sum of all, so weighted, is the mean over the batch
-        # however unevenly micro-batches are dealt. That nothing in it depends on the number of workers matters to
-        # fp16, whose range ends at 65504.
-        self._weight = 1.0 / recipe.batch.num_micro
-        self._criterion = build_loss(recipe.loss)
-        self._replicas = self._replicate() if group.world_size > 1 else None
+    def _prepare(self) -> torch.optim.Optimizer:
+        recipe, group = self._recipe, self._group
+        place(self._model, recipe, group.device)
+        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(recipe.optimizer, self._model, exact=recipe.deterministic)
+        self._tree = TreeSum(self._parameters, recipe.batch.num_micro, group) if recipe.reproducible else None
+        self._replicas = self._replicate() if group.world_size > 1 and self._tree is None else None
         self._network = compiled(self._replicas or self._model, recipe.compile, group.device)
         if self._replicas is not None and recipe.deterministic:
             self._settle_buckets()
+        return optimizer
 
-    def forward_backward(
-        self, images: torch.Tensor, labels: torch.Tensor, seed: int, first: bool, last: bool
-    ) -> torch.Tensor:
-        self._model.train()
-        torch.manual_seed(seed)
-        self._statistics.track(first)
-        if first:
-            self._statistics.keep()
-        with self._reduced(last):
-            with self._autocast():
-                outputs = self._network(self._laid_out(images))
-            loss = self._criterion(outputs, labels)
-            weighted = loss * self._weight
-            (weighted if self._scaler.scale is None else weighted * self._scaler.scale).backward()
-        with torch.no_grad():
-            classes = labels if labels.ndim == 1 else labels.argmax(1)
-            correct = (main_logits(outputs).argmax(1) == classes).sum()
-            return torch.stack([loss.detach().double(), correct.double()])
+    def _forward(self, images: Tensor) -> Any:
+        if self._tree is not None:
+            self._tree.begin()
+        return self._network(images)
 
-    @torch.no_grad()
-    def update(self, step: int, learning_rate: float) -> None:
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._norm = finish(gradients, self._scaler.scale, self._recipe.gradients.clip_norm)
-        found_inf = self._guard.judge(self._norm, step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        # Gradients are summed over the ranks in the last backward pass only.
+        with nullcontext() if self._replicas is None or last else self._replicas.no_sync():
+            loss.backward()
+        if self._tree is not None:
+            self._tree.add(last)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def _step(self) -> None:
         self._optimizer.step()
-        del self._optimizer.found_inf  # type: ignore[attr-defined]
         self._optimizer.zero_grad()
-        self._statistics.put_back(found_inf > 0)
-        self._scaler.adjust(found_inf)
-        if self._average is not None:
-            self._average.follow(step + 1)
 
-    def health(self) -> Health:
-        counts = {name: int(tensor) for name, tensor in self._guard.state.items()}
-        since, scale = counts["failing_since"], self._scaler.scale
-        return Health(
-            gradient_norm=float(self._norm),
-            num_skipped=counts["skipped"],
-            failing_since=None if since < 0 else since,
-            loss_scale=1.0 if scale is None else float(scale),
-        )
+    def _weights(self) -> State:
+        return dict(self._model.named_parameters())
+
+    def _optimizer_state(self) -> dict[str, State]:
+        return {name: self._optimizer.state[parameter] for name, parameter in self._model.named_parameters()}
 
     @contextmanager
     def evaluating(self, ema: bool) -> Iterator[nn.Module]:
-        average = self._average if ema else None
-        network, statistics = (
-            (self._model, self._statistics) if average is None else (average.network, average.statistics)
-        )
-        statistics.track(True)
-        yield network.eval()
+        self._statistics.track(True)
+        yield (self._plain if ema and self._plain is not None else self._model).eval()
 
-    def synchronise_buffers(self) -> None:
-        if self._group.world_size > 1:
-            self._statistics.broadcast(self._group.gradients)
-            if self._average is not None:
-                self._average.statistics.broadcast(self._group.gradients)
+    def _copy_of_model(self) -> nn.Module | None:
+        """The average is the only other network, and kept as one."""
+        return None if self._recipe.ema is None else super()._copy_of_model()
 
-    def export_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
-        for name, parameter in self._model.named_parameters():
-            for key, tensor in self._optimizer.state[parameter].items():
-                state[f"optim.state.{name}.{key}"] = tensor
-        if self._average is not None:
-            state |= {f"ema.{name}": tensor for name, tensor in self._average.network.state_dict().items()}
-        state |= {f"guard.{name}": tensor for name, tensor in self._guard.state.items()}
-        return state | {f"loss_scale.{name}": tensor for name, tensor in self._scaler.state.items()}
+    def _averaged(self) -> State:
+        assert self._plain is not None
+        return self._plain.state_dict()
 
-    @torch.no_grad()
-    def import_state(self, state: dict[str, Any]) -> None:
-        # Copied into the tensors that are there, which keeps their memory format.
-        for key, tensor in self.export_state().items():
-            tensor.copy_(state[key])
-
-    def _autocast(self) -> torch.autocast:
-        return autocast(self._recipe, self._group.device)
-
-    def _laid_out(self, images: torch.Tensor) -> torch.Tensor:
-        return images if self._recipe.channels_last else images.contiguous()
-
-    def _reduced(self, last: bool) -> Any:
-        """Gradients are summed over the ranks in the last backward pass only."""
-        return nullcontext() if self._replicas is None or last else self._replicas.no_sync()
+    def _sum_of_squares(self, own: Tensor) -> Tensor:
+        return own
 
     def _replicate(self) -> DistributedDataParallel:
         replicas = DistributedDataParallel(
@@ -139,7 +81,7 @@ class DdpEngine:
             forward_sync_buffers=False,  # statistics are kept by rank 0 alone
             gradient_as_bucket_view=True,
         )
-        replicas.register_comm_hook(self._group.gradients, _sum)
+        replicas.register_comm_hook(self._group.gradients, _HOOKS[self._recipe.engine.reduce])
         return replicas
 
     def _settle_buckets(self) -> None:
@@ -150,14 +92,25 @@ class DdpEngine:
         images = torch.zeros(1, 3, size, size, device=self._group.device)
         images = images.expand(2, 3, size, size).contiguous(memory_format=torch.channels_last)
         for _ in range(2):
-            with self._autocast():
-                outputs = self._network(self._laid_out(images))
+            with autocast(self._recipe, self._group.device):
+                outputs = self._network(images if self._recipe.channels_last else images.contiguous())
             parts = outputs if isinstance(outputs, tuple) else (outputs,)
             torch.stack([part.float().sum() for part in parts]).sum().backward()
-        self._optimizer.zero_grad()
+        for parameter in self._parameters:
+            parameter.grad = None
 
 
-def _sum(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Add a bucket of gradients up over the ranks; DDP by itself would divide by their number."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
+
+
+def _sum_in_bf16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The same with half the bytes on the wire (as torch's bf16_compress_hook, which divides)."""
+    whole = bucket.buffer()
+    work = dist.all_reduce(whole.bfloat16(), group=group, async_op=True)
+    return work.get_future().then(lambda done: whole.copy_(done.value()[0]))
+
+
+_HOOKS = {"fp32": _sum, "bf16": _sum_in_bf16}

@@ -1,6 +1,7 @@
 """The optimizer of a recipe, and which parameters it decays and adapts."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,32 +10,43 @@ from torch import nn
 from configs import LonghaulError
 from configs.optimisation import Lamb as LambConfig
 from configs.optimisation import Lars as LarsConfig
-from configs.optimisation import Optimizer, Sgd
-from trainer.optim.layerwise import Lamb, Lars
-from trainer.optim.momentum import CaffeSgd, make_momentum_buffers
+from configs.optimisation import Optimizer
+from configs.optimisation import Sgd as SgdConfig
+from trainer.optim.layerwise import Lamb, Lars, Norms, whole_norms
+from trainer.optim.momentum import Sgd
 
 Groups = list[dict[str, Any]]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # batch norm and instance norm first
 
 
-def build_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: Optimizer,
+    model: nn.Module,
+    stepped: Callable[[nn.Parameter], nn.Parameter] | None = None,
+    norms: Norms = whole_norms,
+    exact: bool = False,
+) -> torch.optim.Optimizer:
     """The optimizer of a recipe over the parameters of `model`, which are where they will be trained.
+
+    Args:
+        stepped: where an engine spreads a parameter, what of it is stepped here.
+        norms: the L2 norms of whole parameters from what is here of each.
+        exact: whether an element's bits must not depend on where in a tensor it lies (`momentum.choose_kernel`).
 
     Raises LonghaulError where apex is asked for and cannot be used.
     """
     groups = parameter_groups(model, config.weight_decay, config.decay_norm_and_bias)
+    if stepped is not None:
+        for group in groups:
+            group["params"] = [stepped(parameter) for parameter in group["params"]]
     if isinstance(config, LarsConfig):
-        return Lars(groups, config.momentum, config.trust, config.eps, config.style)
+        return Lars(groups, config.momentum, config.trust, config.eps, config.style, norms, exact)
     if config.implementation == "apex":
         return _apex_optimizer(config, groups)
     if isinstance(config, LambConfig):
-        return Lamb(groups, config.betas, config.eps)
-    if config.style == "caffe":
-        return CaffeSgd(groups, config.momentum, config.nesterov)
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-    make_momentum_buffers(optimizer)  # torch makes them in the first step, as copies of the gradient: as zeros become
-    return optimizer
+        return Lamb(groups, config.betas, config.eps, norms, exact)
+    return Sgd(groups, config.style, config.momentum, config.nesterov, exact)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> Groups:
@@ -68,7 +80,7 @@ def _all_of(groups: Groups) -> list[nn.Parameter]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-def _apex_optimizer(config: Sgd | LambConfig, groups: Groups) -> torch.optim.Optimizer:
+def _apex_optimizer(config: SgdConfig | LambConfig, groups: Groups) -> torch.optim.Optimizer:
     mend = "or set optimizer.implementation=torch"
     try:
         # A package called apex proves nothing: on the package index it is a web toolkit, and without its CUDA

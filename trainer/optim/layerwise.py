@@ -5,6 +5,7 @@ MXNet (multi_lars-inl.h), and timm's. The arithmetic runs in torch's fused kerne
 state, and do not where `found_inf` is 1.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from trainer.optim.momentum import Style, gather, make_momentum_buffers, momentum_step
+from trainer.optim.momentum import Style, choose_kernel, gather, make_momentum_buffers, momentum_step
+
+Norms = Callable[[list[Tensor]], Tensor]
+"""The L2 norm of each parameter, or gradient, from what is held of it here: float32 [n]."""
+
+
+def whole_norms(tensors: list[Tensor]) -> Tensor:
+    """Of tensors that are held whole."""
+    return torch.stack(torch._foreach_norm(tensors))
 
 
 class Lars(torch.optim.Optimizer):
@@ -26,14 +35,24 @@ class Lars(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Any, momentum: float, trust: float, eps: float, style: Style) -> None:
+    def __init__(
+        self,
+        params: Any,
+        momentum: float,
+        trust: float,
+        eps: float,
+        style: Style,
+        norms: Norms = whole_norms,
+        exact: bool = False,
+    ) -> None:
         super().__init__(params, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0, "adapt": True})
-        self.trust, self.eps, self.style = trust, eps, style
+        self.trust, self.eps, self.style, self._norms, self.exact = trust, eps, style, norms, exact
         make_momentum_buffers(self)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
+        kernel = choose_kernel(self, self.exact)
+        for group in self.param_groups if kernel else ():
             parameters, gradients, buffers = gather(self, group)
             decay = group["weight_decay"]
             if group["adapt"] and parameters:
@@ -41,12 +60,10 @@ class Lars(torch.optim.Optimizer):
                 torch._foreach_add_(gradients, parameters, alpha=decay)
                 torch._foreach_mul_(gradients, rates)
                 decay = 0.0
-            momentum_step(
-                self.style, parameters, gradients, buffers, group["lr"], group["momentum"], decay, self.found_inf
-            )
+            momentum_step(self.style, parameters, gradients, buffers, group["lr"], group["momentum"], decay, kernel)
 
     def _local_rates(self, parameters: list[Tensor], gradients: list[Tensor], decay: float) -> list[Tensor]:
-        weight, gradient = _norms(parameters), _norms(gradients)
+        weight, gradient = self._norms(parameters), self._norms(gradients)
         rates = self.trust * weight / (gradient + decay * weight + self.eps)
         return _where_both(weight, gradient, rates)
 
@@ -62,9 +79,12 @@ class Lamb(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Any, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self, params: Any, betas: tuple[float, float], eps: float, norms: Norms = whole_norms, exact: bool = False
+    ) -> None:
         super().__init__(params, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0, "adapt": True})
         self._updates: dict[Tensor, Tensor] = {}
+        self._norms, self.exact = norms, exact
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._updates[parameter] = torch.zeros_like(parameter)
@@ -72,22 +92,23 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
+        kernel = choose_kernel(self, self.exact)
+        for group in self.param_groups if kernel else ():
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            updates = self._adam_steps(parameters, group)
+            updates = self._adam_steps(parameters, group, kernel)
             torch._foreach_add_(updates, parameters, alpha=-group["weight_decay"])
             if group["adapt"]:
-                weight, update = _norms(parameters), _norms(updates)
+                weight, update = self._norms(parameters), self._norms(updates)
                 torch._foreach_mul_(updates, _where_both(weight, update, weight / update))
             # Plain descent along -updates, for the sake of its `found_inf`.
             sgd(
-                parameters, updates, [None] * len(updates), fused=True, found_inf=self.found_inf, weight_decay=0.0,
-                momentum=0.0, lr=group["lr"], dampening=0.0, nesterov=False, maximize=True,
+                parameters, updates, [None] * len(updates), weight_decay=0.0, momentum=0.0, lr=group["lr"],
+                dampening=0.0, nesterov=False, maximize=True, **kernel,
             )  # fmt: skip
 
-    def _adam_steps(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    def _adam_steps(self, parameters: list[Tensor], group: dict[str, Any], kernel: dict[str, Any]) -> list[Tensor]:
         """-m / (sqrt(v) + eps), by a step of Adam from zero at a rate of 1, which moves `step` and the moments on."""
         updates = [self._updates[parameter] for parameter in parameters]
         states = [self.state[parameter] for parameter in parameters]
@@ -96,8 +117,8 @@ class Lamb(torch.optim.Optimizer):
         adam(
             updates, [parameter.grad for parameter in parameters if parameter.grad is not None],
             [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
-            [state["step"] for state in states], fused=True, found_inf=self.found_inf, amsgrad=False,
-            beta1=beta1, beta2=beta2, lr=1.0, weight_decay=0.0, eps=group["eps"], maximize=False,
+            [state["step"] for state in states], amsgrad=False, beta1=beta1, beta2=beta2, lr=1.0, weight_decay=0.0,
+            eps=group["eps"], maximize=False, **kernel,
         )  # fmt: skip
         return updates
 
@@ -109,11 +130,6 @@ def make_moments(parameter: Tensor, step_device: torch.device) -> dict[str, Tens
         "exp_avg": torch.zeros_like(parameter),
         "exp_avg_sq": torch.zeros_like(parameter),
     }
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """The L2 norm of each, [n]."""
-    return torch.stack(torch._foreach_norm(tensors))
 
 
 def _where_both(first: Tensor, second: Tensor, rates: Tensor) -> list[Tensor]:

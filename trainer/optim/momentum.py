@@ -9,10 +9,11 @@ from torch.optim.sgd import sgd
 Style = Literal["torch", "caffe"]
 
 
-class CaffeSgd(torch.optim.Optimizer):
-    """Momentum as in Caffe, the paper's framework (src/caffe/solvers/sgd_solver.cpp, nesterov_solver.cpp).
+class Sgd(torch.optim.Optimizer):
+    """Momentum as in torch (`torch.optim.SGD`), or as in Caffe, the paper's framework
+    (src/caffe/solvers/sgd_solver.cpp, nesterov_solver.cpp).
 
-    With g = gradient + weight_decay w: v' = momentum v + lr g, w -= v'; with Nesterov's form
+    Caffe's, with g = gradient + weight_decay w: v' = momentum v + lr g, w -= v'; with Nesterov's form
     w -= (1 + momentum) v' - momentum v. Unlike in torch's form, a step keeps the rate it was taken at: after the rate
     is divided by 10, v still holds steps ten times as large.
     """
@@ -20,18 +21,34 @@ class CaffeSgd(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Any, momentum: float, nesterov: bool) -> None:
+    def __init__(self, params: Any, style: Style, momentum: float, nesterov: bool, exact: bool = False) -> None:
         super().__init__(params, {"lr": 0.0, "momentum": momentum, "nesterov": nesterov, "weight_decay": 0.0})
+        self.style, self.exact = style, exact
         make_momentum_buffers(self)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
+        kernel = choose_kernel(self, self.exact)
+        for group in self.param_groups if kernel else ():
             parameters, gradients, buffers = gather(self, group)
             momentum_step(
-                "caffe", parameters, gradients, buffers, group["lr"], group["momentum"], group["weight_decay"],
-                self.found_inf, group["nesterov"],
+                self.style, parameters, gradients, buffers, group["lr"], group["momentum"], group["weight_decay"],
+                kernel, group["nesterov"],
             )  # fmt: skip
+
+
+def choose_kernel(optimizer: Any, exact: bool) -> dict[str, Any]:
+    """Torch's fused kernels, which look at `found_inf` themselves; or nothing where this step is to be skipped.
+
+    On a CPU they round the elements at the end of a tensor, which fill no vector register, otherwise than the rest
+    (torch 2.13: 58 of 1,001 parameters), so that bits depend on how tensors are cut. Where that must not be (`exact`),
+    a CPU takes operations that treat all alike, which pass over memory four times for once.
+    """
+    if not exact or optimizer.param_groups[0]["params"][0].device.type != "cpu":
+        return {"fused": True, "found_inf": optimizer.found_inf}
+    if optimizer.found_inf is not None and optimizer.found_inf > 0:
+        return {}
+    return {"fused": False, "foreach": True, "found_inf": None}
 
 
 def make_momentum_buffers(optimizer: torch.optim.Optimizer) -> None:
@@ -56,10 +73,10 @@ def momentum_step(
     lr: float,
     momentum: float,
     weight_decay: float,
-    found_inf: Tensor | None,
+    kernel: dict[str, Any],
     nesterov: bool = False,
 ) -> None:
-    """One step in torch's fused kernel, which does nothing where `found_inf` is 1. Overwrites the gradients."""
+    """One step in a kernel of `choose_kernel`. Overwrites the gradients."""
     if not parameters:
         return
     if style == "caffe":
@@ -68,6 +85,6 @@ def momentum_step(
         torch._foreach_mul_(gradients, lr)
         lr, weight_decay = 1.0, lr * weight_decay
     sgd(
-        parameters, gradients, buffers, fused=True, found_inf=found_inf, weight_decay=weight_decay,
-        momentum=momentum, lr=lr, dampening=0.0, nesterov=nesterov, maximize=False,
+        parameters, gradients, buffers, weight_decay=weight_decay, momentum=momentum, lr=lr, dampening=0.0,
+        nesterov=nesterov, maximize=False, **kernel,
     )  # fmt: skip
