@@ -206,7 +206,15 @@ class _Worker:
             return Ledger.empty(self.order, 0)
         ledger = Ledger.empty(self.order, saved.step, saved.manifest["num_substitutes"])
         state = empty_like(self.engine.export_state())
-        load(saved, {**state, **ledger.state()}, self.group)
+        try:
+            load(saved, {**state, **ledger.state()}, self.group)
+        except LonghaulError as error:
+            if self.memory is None or saved.store is not self.memory:
+                raise
+            # A machine was lost while it was read: nothing for the user to mend. The next start does without it.
+            if self.group.rank == 0:
+                self.memory.remove(saved.name)
+            raise OSError(str(error)) from None
         self.engine.import_state(state)
         return ledger
 
