@@ -120,6 +120,13 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """DCP's own makes room for tensors that have none yet (on the meta device), and None of pieces."""
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
     def load_bytes(self, read_item: Any, value: Any) -> None:
         """Would unpickle; `read_metadata` has refused everything but tensors."""
         raise NotImplementedError
