@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainer.checkpoints.memory import Bytes, HeapKeeper, Keeper
@@ -45,8 +45,8 @@ class RayKeeper:
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None
         except RayError as error:
-            # One that is gone or too slow is not waited for again; another's full object store is not its fault.
-            self.answers = not isinstance(error, RayActorError | GetTimeoutError)
+            # One that has ended says so at once, and Ray starts it again; one that is slow is waited for only once.
+            self.answers = not isinstance(error, GetTimeoutError)
             raise OSError(f"a machine's keeper of checkpoints did not answer ({type(error).__name__})") from None
 
 
@@ -62,17 +62,15 @@ class RayKeepers:
         machines = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
         here = ray.get_runtime_context().get_node_id()
         ring = [m for m in machines if m >= here] + [m for m in machines if m < here]
-        return [keeper for machine in ring if (keeper := self._ask_for(machine)) is not None and keeper.answers]
+        found = [self._keeper_of(machine) for machine in ring]
+        return [keeper for keeper in found if keeper is not None and keeper.answers]
 
-    def _ask_for(self, machine: str) -> RayKeeper | None:
-        """A machine's keeper. One that does not answer is looked up again: the driver replaces those that ended."""
-        known = self._known.get(machine)
-        if known is None or not known.answers:
-            actor = _find(self._run, machine)
-            if actor is None:
+    def _keeper_of(self, machine: str) -> RayKeeper | None:
+        if machine not in self._known:
+            try:
+                self._known[machine] = RayKeeper(ray.get_actor(_name(self._run, machine), _NAMESPACE))
+            except ValueError:  # none there, or not yet
                 return None
-            if known is None or actor != known.actor:
-                self._known[machine] = RayKeeper(actor)
         return self._known[machine]
 
 
@@ -102,27 +100,20 @@ def keepers(run: str, resource: str) -> Iterator[RayKeepers]:
 def _place(run: str, resource: str, placed: dict[str, Any]) -> None:
     """Start the keepers that are missing. Ray ends an actor once the handle that its creation gave is let go of, so
     `placed` holds these."""
-    for node in ray.nodes():
-        machine = node["NodeID"]
-        if node["Alive"] and node["Resources"].get(resource) and _find(run, machine) is None:
+    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
+    for machine in alive:
+        if machine not in placed:
             placed[machine] = (
                 ray.remote(HeapKeeper)
                 .options(
                     name=_name(run, machine),
                     namespace=_NAMESPACE,
                     num_cpus=0,
+                    max_restarts=-1,  # as often as it ends; empty, then
                     scheduling_strategy=NodeAffinitySchedulingStrategy(machine, soft=False),
                 )
                 .remote()
             )
-
-
-def _find(run: str, machine: str) -> Any | None:
-    """A machine's keeper, if there is one that Ray does not know to have ended."""
-    try:
-        return ray.get_actor(_name(run, machine), _NAMESPACE)
-    except ValueError:
-        return None
 
 
 def _name(run: str, machine: str) -> str:

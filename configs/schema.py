@@ -256,7 +256,8 @@ class Checkpoint(Section):
     are the newest `keep_last`; the `keep_best` with the best top-1 score on the held-out images, of equal ones the
     newer (so an evaluation among the best is saved); and for ever one at every multiple of `keep_every`.
 
-    The state is copied into the memory of `memory_copies` other machines every `memory` (null: never).
+    On Ray, the state is copied into the memory of the machines every `memory` (null: never), each file to
+    `memory_copies` of them.
     """
 
     every: IntervalOrAuto = "auto"

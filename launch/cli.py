@@ -145,13 +145,20 @@ def train(
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume although the recipe changed.")] = False,
     cache_dir: CacheDirOption = None,
     cache_bytes: CacheBytesOption = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoints",
+            help="A directory or URL (s3://...) under which a new run's checkpoints go, rather than into its own.",
+        ),
+    ] = None,
 ) -> None:
     """Train a recipe, or resume the run of that name from its newest valid checkpoint."""
     from launch.commands import train_run
 
     train_run(
         console, load_recipe(recipe, overrides or ()), data, runs / name, workers, local, device, threads,
-        max_failures, allow_changes, cache_dir, cache_bytes,
+        max_failures, allow_changes, cache_dir, cache_bytes, checkpoints,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from launch.prepare import prepare_data
 from launch.tables import bar, findings_table
 from launch.view import View, interrupt, shown_path, typed_command
 from trainer.job import Job
-from trainer.rundir import RunDirectory, settle_recipe
+from trainer.rundir import RunDirectory, settle_location, settle_recipe
 
 
 def train_run(
@@ -37,12 +37,15 @@ def train_run(
     allow_changes: bool,
     cache_dir: Path | None,
     cache_bytes: str | None,
+    checkpoints: str | None,
 ) -> None:
     """`longhaul train`."""
     if device not in ("auto", "cpu", "cuda"):
         raise LonghaulError(f"--device {device}: it is auto, cpu or cuda.")
     run = RunDirectory(path.absolute())
     recipe = settle_recipe(run, recipe, allow_changes)
+    base = None if checkpoints is None else parse_location(checkpoints)
+    settle_location(run, base, record=False)  # the workers do that; what they would refuse is refused now
     location = _find_data(console, recipe, data, run)
     manifest, _ = read_manifest(location)
     if _is_finished(run, recipe, manifest) and int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -52,7 +55,8 @@ def train_run(
     run.path.mkdir(parents=True, exist_ok=True)
 
     job = Job(
-        recipe, location, run, device, threads, allow_changes=allow_changes, **cache_options(cache_dir, cache_bytes)
+        recipe, location, run, device, threads, allow_changes=allow_changes, checkpoints=base,
+        **cache_options(cache_dir, cache_bytes),
     )  # fmt: skip
     if local or "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
         _train_here(console, job, workers)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, cast, get_args
 
 from configs import LonghaulError
 from data_pipeline.cache import parse_bytes
-from data_pipeline.storage import parse_location
+from data_pipeline.storage import Location, parse_location
 from launch.commands import find_run
 from trainer.rundir import RunDirectory
 
@@ -23,11 +23,25 @@ def choose_images(data: str | None, cache_dir: Path | None, cache_bytes: str | N
 
 
 def find_target(target: str, runs: Path) -> tuple[RunDirectory, str | None]:
-    """A run by name or directory, or the run of a checkpoint's directory with that checkpoint's name."""
-    checkpoint = Path(target).absolute()
-    if (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == "checkpoints":
-        return RunDirectory(checkpoint.parent.parent).require(), checkpoint.name
-    return find_run(target, runs), None
+    """A run by name or directory, or the run of a checkpoint's directory or URL with that checkpoint's name."""
+    checkpoint = parse_location(target)
+    if isinstance(checkpoint, str):
+        base, _, name = checkpoint.rpartition("/")
+        return _run_with(base, runs), name
+    if not (checkpoint / "manifest.json").is_file():
+        return find_run(target, runs), None
+    own = RunDirectory(checkpoint.parent.parent)
+    is_own = checkpoint.parent.name == "checkpoints" and own.recipe_file.is_file()
+    return own if is_own else _run_with(checkpoint.parent, runs), checkpoint.name
+
+
+def _run_with(location: Location, runs: Path) -> RunDirectory:
+    """The run that keeps its checkpoints there."""
+    for file in sorted(runs.absolute().glob("*/checkpoints.url")):
+        run = RunDirectory(file.parent)
+        if run.checkpoint_location() == location:
+            return run
+    raise LonghaulError(f"No run in {runs} keeps its checkpoints in {location}: give --runs, or a run's name.")
 
 
 def choose_weights(weights: str) -> "Weights":

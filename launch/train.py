@@ -105,6 +105,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--data", help="the data set: a directory on storage that all machines share, or a URL (s3://...)")
     add("--cache-dir", help="where each machine keeps shards of a URL (default: ~/.cache/longhaul)")
     add("--cache-bytes", help="the most they may take on each machine, as 200GB (default: 80 %% of what is free)")
+    add("--checkpoints", help="a directory or URL under which checkpoints go, rather than into the run's own")
     add("--runs", type=Path, help="where runs live, shared too (default: LONGHAUL_RUNS in launch/imagenet.yaml)")
     add("--workers", help="training processes (default: one for each GPU of the cluster, else for each core)")
     add("--machines", type=int, help="start when so many machines are there (default: all in launch/imagenet.yaml)")
@@ -192,8 +193,10 @@ def describe_run(options: argparse.Namespace) -> Run:
     path = runs.expanduser().absolute() / options.name
     words = [sys.executable, "-m", "launch.cli", "train", options.recipe, *options.overrides]
     words += ["--name", options.name, "--runs", str(path.parent)]
-    if options.data is not None:
-        words += ["--data", options.data if "://" in options.data else str(Path(options.data).expanduser().absolute())]
+    for option in ("data", "checkpoints"):
+        value = getattr(options, option)
+        if value is not None:
+            words += [f"--{option}", value if "://" in value else str(Path(value).expanduser().absolute())]
     for option in ("workers", "device", "threads", "max_failures", "cache_dir", "cache_bytes"):
         value = getattr(options, option)
         if value is not None:

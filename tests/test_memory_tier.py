@@ -21,6 +21,7 @@ from tests.test_updates import run_with_a_fault
 from tests.workers import SMALL, different, final_state, make_job, reached, train, wait_for
 from trainer.checkpoints.manifest import FORMAT, Saved, newest_valid, problem_of, render
 from trainer.checkpoints.memory import HeapKeeper, Keeper, KeeperStore
+from trainer.job import Job
 from trainer.rundir import RunDirectory
 from trainer.verify import verify
 
@@ -200,8 +201,15 @@ def ray_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ray.shutdown()
 
 
+def saves(store: KeeperStore, step: int) -> bool:
+    try:
+        return problem_of(save_by_one(store, step)) is None
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
-def test_a_keeper_that_is_killed_fails_one_save_and_is_replaced(ray_here: None) -> None:
+def test_a_keeper_that_is_killed_starts_again_empty(ray_here: None) -> None:
     with keepers("test", "CPU") as found:
         (keeper,) = found.near_first()
         store = KeeperStore(found, 2)
@@ -212,12 +220,10 @@ def test_a_keeper_that_is_killed_fails_one_save_and_is_replaced(ray_here: None) 
         assert keeper.answers  # it said that there is no such file
 
         os.kill(ray.get(keeper.actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
-        with pytest.raises(OSError, match="did not answer|no machine keeps"):
-            save_by_one(store, 10)
-        wait_for(lambda: [k for k in found.near_first() if k.actor != keeper.actor])
-        assert store.names() == []  # what it kept went with it
-        assert problem_of(save_by_one(store, 15)) is None
-    assert found.near_first() == []
+        wait_for(lambda: saves(store, 10))
+        assert store.names() == ["step-00000010-attempt1"]  # what it had kept went with it
+    with pytest.raises(OSError, match="did not answer"):  # the run is over
+        keeper.files()
 
 
 @pytest.fixture(scope="module")
@@ -227,20 +233,28 @@ def healthy(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> RunDirect
     return job.run
 
 
-@pytest.mark.parametrize(
-    ("memory", "back_to"),
-    [("13it", "memory of 1 machine, step-00000039-attempt1"), ("4it", "step-00000030")],
-    ids=["what is in memory is from before the fault", "what is in memory has the fault in it"],
-)
-def test_going_back_takes_memory_too_but_nothing_with_the_fault_in_it(
-    digits: Path, tmp_path: Path, healthy: RunDirectory, memory: str, back_to: str
-) -> None:
-    overrides = ("gradients={max_skipped: 6, when_exceeded: rollback}", f"checkpoint.memory={memory}")
-    job = make_job(tmp_path / "run", digits, *overrides, keepers=Machines(1))
+FAULTY = ("gradients={max_skipped: 6, when_exceeded: rollback}",)
+
+
+def go_back(job: Job, healthy: RunDirectory) -> dict[str, Any]:
+    """Train through six updates that fail, from the 40th on; the event of going back."""
     assert run_with_a_fault(job, 40, 46) == 0
     (rollback,) = kinds(job.run, "rollback", 1)
-    assert rollback["path"].endswith(back_to) and not kinds(job.run, "memory_save_failed", 1)
+    assert not kinds(job.run, "memory_save_failed", 1)
     assert different(final_state(job.run), final_state(healthy)) == []
+    return rollback
+
+
+def test_going_back_may_go_to_what_is_in_memory(digits: Path, tmp_path: Path, healthy: RunDirectory) -> None:
+    overrides = ("checkpoint.every=100it", "checkpoint.memory=13it")
+    rollback = go_back(make_job(tmp_path / "run", digits, *FAULTY, *overrides, keepers=Machines(1)), healthy)
+    assert rollback["path"] == "memory of 1 machine, step-00000039-attempt1"
+
+
+def test_going_back_does_without_what_has_the_fault_in_it(digits: Path, tmp_path: Path, healthy: RunDirectory) -> None:
+    overrides = ("checkpoint.every=15it", "checkpoint.memory=2it")
+    rollback = go_back(make_job(tmp_path / "run", digits, *FAULTY, *overrides, keepers=Machines(1)), healthy)
+    assert rollback["step"] <= 40
 
 
 def test_without_ray_one_warning_says_that_there_is_no_memory_tier(digits: Path, tmp_path: Path) -> None:

@@ -1,11 +1,6 @@
 """A run is a function of its recipe and seed: across world sizes, stops, kills and broken files."""
 
-import os
-import random
 import signal
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -111,26 +106,6 @@ def test_a_signal_to_one_worker_ends_all_with_a_checkpoint(number: int, digits: 
     assert_verified(job.run)
 
 
-@pytest.mark.slow
-def test_kills_at_random_instants_lose_and_change_nothing(digits: Path, undisturbed: Job, tmp_path: Path) -> None:
-    """With a checkpoint at every step, most kills fall into a save."""
-    job = make_job(tmp_path / "run", digits, "checkpoint.every=1it")
-    # `checkpoint.every` does not touch the state, so the weights must be those of the undisturbed run.
-    generator = random.Random(5)
-    for attempt in range(1, 9):
-        processes = start(job, 2)
-        wait_for(lambda p=processes, a=attempt: not p[0].is_alive() or workers.reached(job.run, 1, a))
-        time.sleep(generator.uniform(0, 0.4))
-        workers.kill([generator.choice(processes)] if attempt % 2 else processes)
-        wait(processes)
-    train(job, 2)
-    result = job.run.result()
-    assert result is not None and result["attempts"] >= 3
-    assert different(final_state(job.run), final_state(undisturbed.run)) == []
-    assert_verified(job.run)
-    assert not list(job.run.checkpoints.glob(".tmp-*"))
-
-
 def test_a_flipped_byte_is_found_and_the_older_checkpoint_used(digits: Path, undisturbed: Job, tmp_path: Path) -> None:
     job = make_job(tmp_path / "run", digits)
     processes = start(job, 2)
@@ -149,17 +124,6 @@ def test_a_flipped_byte_is_found_and_the_older_checkpoint_used(digits: Path, und
     assert list(job.run.checkpoints.glob(f"broken-{newest.name}-*/*.distcp")), "kept for inspection"
     assert different(final_state(job.run), final_state(undisturbed.run)) == []
     assert_verified(job.run)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB: a checkpoint of ResNet-20 (2.3 MB) fits once."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", path]).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
 
 
 def test_a_full_disk_is_told_and_training_goes_on(digits: Path, small_disk: Path, tmp_path: Path) -> None:

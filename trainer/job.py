@@ -19,6 +19,8 @@ class Job:
             or 1 where the recipe is deterministic).
         timeout_seconds: how long a collective may wait for another worker.
         cache_directory, cache_bytes: see `data_pipeline.cache.Cache`; None for each machine's own default.
+        checkpoints: the directory or URL under which a new run's checkpoints go, by the run's name; None: into the
+            run's own directory, or where they have been going.
         keepers: the memory tier (see `trainer.checkpoints.memory`), where something outlives the workers.
     """
 
@@ -31,6 +33,7 @@ class Job:
     allow_changes: bool = False
     cache_directory: Path | None = None
     cache_bytes: int | None = None
+    checkpoints: Location | None = None
     keepers: Keepers | None = None
 
     def memory(self) -> KeeperStore | None:

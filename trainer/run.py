@@ -37,7 +37,7 @@ from trainer.loop import Loop
 from trainer.memory import keep_freed_memory
 from trainer.provenance import commit
 from trainer.resume import checkpoint_to_resume, roll_back
-from trainer.rundir import RunDirectory, settle_recipe, write_atomically
+from trainer.rundir import RunDirectory, settle_location, settle_recipe, write_atomically
 from trainer.schedules import require_scores, total_steps
 from trainer.stopping import StopRequests
 from trainer.telemetry import Telemetry
@@ -63,6 +63,7 @@ def work(job: Job, place: Rendezvous, local_world_size: int) -> Outcome:
         keep_freed_memory()
     with join(place, device, job.timeout_seconds) as group, StopRequests(job.run.stop_file) as requests:
         together(group, lambda: _require_shared(job.run))
+        together(group, lambda: settle_location(job.run, job.checkpoints, record=group.rank == 0))
         recipe = _settle(job, group)
         _choose_algorithms(recipe.deterministic)
         # The number of threads decides the order of sums, so a deterministic run does not take it from the machine.
@@ -205,7 +206,15 @@ class _Worker:
             return Ledger.empty(self.order, 0)
         ledger = Ledger.empty(self.order, saved.step, saved.manifest["num_substitutes"])
         state = empty_like(self.engine.export_state())
-        load(saved, {**state, **ledger.state()}, self.group)
+        try:
+            load(saved, {**state, **ledger.state()}, self.group)
+        except LonghaulError as error:
+            if self.memory is None or saved.store is not self.memory:
+                raise
+            # A machine was lost while it was read: nothing for the user to mend. The next start does without it.
+            if self.group.rank == 0:
+                self.memory.remove(saved.name)
+            raise OSError(str(error)) from None
         self.engine.import_state(state)
         return ledger
 

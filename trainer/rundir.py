@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from configs import LonghaulError, Recipe, dump, parse_recipe
-from trainer.checkpoints.store import DirectoryStore, Store
+from data_pipeline.storage import Location, parse_location
+from trainer.checkpoints.objects import open_store
+from trainer.checkpoints.store import Store
 
 # Keys that decide nothing of the result: a run goes on with other values of theirs as with its own.
 _NOT_OF_THE_RESULT = ("description", "checkpoint.", "log.")
@@ -37,11 +39,23 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
+        """Where the run keeps its checkpoints, if it was not told otherwise."""
         return self.path / "checkpoints"
+
+    @property
+    def location_file(self) -> Path:
+        """Says where else the run keeps its checkpoints: a directory or a URL."""
+        return self.path / "checkpoints.url"
+
+    def checkpoint_location(self) -> Location:
+        """The directory or URL that holds the run's checkpoints."""
+        return (
+            parse_location(self.location_file.read_text().strip()) if self.location_file.is_file() else self.checkpoints
+        )
 
     def store(self) -> Store:
         """Where the run keeps its checkpoints."""
-        return DirectoryStore(self.checkpoints)
+        return open_store(self.checkpoint_location())
 
     @property
     def result_file(self) -> Path:
@@ -123,6 +137,23 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def settle_location(run: RunDirectory, base: Location | None, record: bool) -> None:
+    """`record`, if it is a new run, that its checkpoints go to `base`/NAME (None: where they go by default). Raises
+    LonghaulError where a run that has begun keeps them elsewhere, or where fsspec knows nothing of such a URL."""
+    if base is None:
+        return
+    wanted = base / run.name if isinstance(base, Path) else f"{base}/{run.name}"
+    found = run.checkpoint_location()
+    if run.recipe_file.is_file() and found != wanted:
+        raise LonghaulError(
+            f"The run {run.path} keeps its checkpoints in {found}, not in {wanted}: leave out --checkpoints, or give "
+            f"another --name."
+        )
+    open_store(wanted)
+    if record and found != wanted:
+        write_atomically(run.location_file, f"{wanted}\n")
 
 
 def settle_recipe(run: RunDirectory, recipe: Recipe, allow_changes: bool) -> Recipe:

@@ -12,12 +12,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from configs import LonghaulError
 from trainer.checkpoints.manifest import Saved
+from trainer.checkpoints.metadata import read_metadata
+from trainer.checkpoints.objects import ObjectStore
 from trainer.checkpoints.state import Piece, State
 from trainer.checkpoints.store import Store
-from trainer.group import Group
+from trainer.group import Group, together
+
+METADATA = ".metadata"  # DCP's own name for it
 
 # Reading a checkpoint in one process is meant, not an accident to be warned of.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -29,46 +34,77 @@ def write(state: State, store: Store, draft: str, group: dist.ProcessGroup) -> d
     Returns the size and SHA-256 of each file written here. Raises OSError, on every rank, where one could not write.
     """
     files = _Files(store, draft)
-    writer = dcp.FileSystemWriter(draft, sync_files=False)  # a store's files are durable when they are closed
+    writer = _Writer(draft, sync_files=False)  # a store's files are durable when they are closed
     writer.fs = files  # type: ignore[assignment]
     try:
         dcp.save(state, storage_writer=writer, planner=_SavePlanner(), process_group=group)
     except dcp.api.CheckpointException as error:  # derives from BaseException
-        raise OSError(str(next(iter(error.failures.values()))[0])) from None
+        raise OSError(_first_line(next(iter(error.failures.values()))[0])) from None
     return files.written
 
 
 def load(saved: Saved, state: Mapping[str, torch.Tensor | Piece], group: Group | None = None) -> None:
     """Fill the tensors and pieces of `state` in place from a checkpoint written by any number of workers.
 
-    Called by all ranks of `group` together, or (None) by one process. Raises LonghaulError where it does not fit,
-    OSError where the storage fails.
+    Called by all ranks of `group` together, or (None) by one process. Raises LonghaulError where it does not fit.
+    Never runs what a file says: metadata is read by `read_metadata`, tensors by `torch.load(weights_only=True)`.
     """
+    reader = _reader(saved) if group is None else together(group, lambda: _reader(saved))
     try:
         dcp.load(
             dict(state),
-            storage_reader=_reader(saved),
+            storage_reader=reader,
             planner=_LoadPlanner(),
             process_group=None if group is None else group.control,
             no_dist=group is None or group.world_size == 1,
         )
     except dcp.api.CheckpointException as error:
         first = next(iter(error.failures.values()), ("unknown",))[0]
-        if isinstance(first, OSError):  # the storage has failed: nobody's mistake, another try may go well
-            raise first from None
-        raise LonghaulError(f"The checkpoint {saved} does not fit this run: {first}.") from None
+        raise LonghaulError(f"The checkpoint {saved} does not fit this run: {_first_line(first)}.") from None
+    finally:
+        if isinstance(saved.store, ObjectStore):
+            saved.store.drop_copies()
 
 
 def contents(saved: Saved) -> dict[str, torch.Tensor]:
     """Every tensor in a checkpoint by name, whole, on the CPU, its values undefined: to be filled by `load`."""
-    stored: dict[str, Any] = _reader(saved).read_metadata().state_dict_metadata
+    stored: dict[str, Any] = _reader(saved).metadata.state_dict_metadata
     return {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
 
 
-def _reader(saved: Saved) -> dcp.FileSystemReader:
-    reader = dcp.FileSystemReader(saved.name)
-    reader.fs = _Files(saved.store, saved.name)  # type: ignore[assignment]
-    return reader
+def _reader(saved: Saved) -> "_Reader":
+    """Raises LonghaulError where the checkpoint's metadata cannot be read."""
+    files = _Files(saved.store, saved.name)
+    try:
+        with files.create_stream(METADATA, "rb") as stream:
+            return _Reader(saved.name, files, read_metadata(stream))
+    except (OSError, ValueError) as error:
+        raise LonghaulError(f"{saved}/{METADATA} cannot be used: {error}.") from None
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+class _Writer(dcp.FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        """Without the directory, whose pickled form depends on the version of Python."""
+        return StorageMeta(save_id=self.save_id)
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader with metadata that were read before, by who does not run them."""
+
+    def __init__(self, name: str, files: "_Files", metadata: Metadata) -> None:
+        super().__init__(name)
+        self.fs = files  # type: ignore[assignment]
+        self.metadata = metadata
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+
+    def read_metadata(self) -> Metadata:  # without `kwargs` DCP does not look for a rank's own
+        return self.metadata
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
@@ -83,6 +119,17 @@ class _SavePlanner(dcp.DefaultSavePlanner):
 class _LoadPlanner(dcp.DefaultLoadPlanner):
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """DCP's own makes room for tensors that have none yet (on the meta device), and None of pieces."""
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        """Would unpickle; `read_metadata` has refused everything but tensors."""
+        raise NotImplementedError
 
     def lookup_tensor(self, index: Any) -> torch.Tensor:
         part = self.state_dict[index.fqn]
@@ -106,7 +153,10 @@ class _Files(FileSystemBase):
             file = file.removesuffix(".tmp")  # only what is committed is ever seen: no need to rename within it
             with self._store.create(self._name, file) as raw:
                 hashed = _Hashed(raw)
-                yield hashed
+                try:
+                    yield hashed
+                except Exception as error:  # torch.save tells of a full disk no more than an unexpected position
+                    raise hashed.problem or error from None
             self.written[file] = {"bytes": hashed.tell(), "sha256": hashed.digest.hexdigest()}
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> PurePosixPath:
@@ -140,10 +190,15 @@ class _Hashed:
     def __init__(self, raw: BinaryIO) -> None:
         self._raw, self._size = raw, 0
         self.digest = hashlib.sha256()
+        self.problem: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
-        self._raw.write(view)
+        try:
+            self._raw.write(view)
+        except OSError as error:
+            self.problem = error
+            raise
         self.digest.update(view)
         self._size += view.nbytes
         return view.nbytes

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from trainer.checkpoints.store import MANIFEST
+from trainer.checkpoints.store import MANIFEST, age
 
 Bytes = NDArray[np.uint8]  # 1-D; an array, as Ray passes these on without copying them
 
@@ -78,7 +78,7 @@ class KeeperStore:
         return f"memory of {count} machine{'s' * (count != 1)}"
 
     def names(self) -> list[str]:
-        return sorted(name for name, files in self._files().items() if MANIFEST in files)
+        return sorted((name for name, files in self._files().items() if MANIFEST in files), key=age)
 
     def locate(self, name: str) -> str:
         return f"{self}, {name}"

@@ -103,14 +103,15 @@ def _index(shape: torch.Size, place: int) -> tuple[int, ...]:
 
 def empty_like(state: State) -> State:
     """CPU tensors and pieces of the same form, contiguous whatever the memory format: the canonical form is logical
-    NCHW. Their contents are undefined."""
+    NCHW. Their contents are undefined. What is like a GPU's is pinned: copies then run beside the computation."""
     return {name: _on_cpu(part) for name, part in state.items()}
 
 
 def copy_into(target: State, source: State) -> None:
-    """Copy every tensor and piece of `source` into its like in `target`."""
+    """Copy every tensor and piece of `source` into its like in `target`; from a GPU into pinned memory without waiting:
+    the copies are done when what the current stream has been given so far is."""
     for name, part in source.items():
-        values(target[name]).copy_(values(part))
+        values(target[name]).copy_(values(part), non_blocking=True)
 
 
 def values(part: Tensor | Piece) -> Tensor:
@@ -124,6 +125,6 @@ def num_bytes(state: State) -> int:
 
 
 def _on_cpu(part: Tensor | Piece) -> Tensor | Piece:
-    if isinstance(part, Piece):
-        return Piece(part.shape, part.start, torch.empty(part.values.shape, dtype=part.values.dtype))
-    return torch.empty(part.shape, dtype=part.dtype)
+    held = values(part)
+    empty = torch.empty(held.shape, dtype=held.dtype, pin_memory=held.is_cuda)
+    return Piece(part.shape, part.start, empty) if isinstance(part, Piece) else empty

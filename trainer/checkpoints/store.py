@@ -6,18 +6,27 @@ either the old checkpoints or the old ones and the new one.
 
 import io
 import os
+import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 MANIFEST = "manifest.json"
+_BUFFER_BYTES = 2**20
+
+
+def age(name: str) -> tuple[int, ...]:
+    """What names of checkpoints are sorted by: the numbers in them, which are the step and the attempt."""
+    return tuple(map(int, re.findall(r"\d+", name)))
 
 
 class Store(Protocol):
     """Checkpoints by name. Names sort by step; of one step, by age. Every rank has a store of its own on the same
     place; `begin`, `commit`, `discard`, `remove`, `set_aside` and `sweep` are rank 0's. All methods raise OSError where
-    the storage fails."""
+    the storage fails: FileNotFoundError, or one with an `errno` that says so, where a file is lost or damaged
+    (see `manifest.problem_of`), any other where the storage itself cannot be used now."""
 
     def __str__(self) -> str:
         """Where it is, for messages: a directory or a URL."""
@@ -61,7 +70,7 @@ class Store(Protocol):
         ...
 
     def sweep(self) -> None:
-        """Remove what interrupted saves have left behind."""
+        """Remove what the interrupted saves of earlier attempts have left behind; before the first save of this one."""
         ...
 
     def free_bytes(self) -> int | None:
@@ -70,7 +79,11 @@ class Store(Protocol):
 
 
 class DirectoryStore:
-    """Checkpoints as directories on a local disk or NFS; committed by a rename. See `Store`."""
+    """Checkpoints as directories on a local disk or NFS; committed by a rename. See `Store`.
+
+    A worker of an earlier attempt that is still alive somewhere can do no harm: it writes into its own attempt's draft,
+    which `sweep` takes away from it whole, by a rename, so that of its commit and the sweep only one succeeds.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,7 +92,7 @@ class DirectoryStore:
         return str(self.path)
 
     def names(self) -> list[str]:
-        return sorted(p.name for p in self.path.glob("step-*") if p.is_dir())
+        return sorted((p.name for p in self.path.glob("step-*") if p.is_dir()), key=age)
 
     def locate(self, name: str) -> str:
         return str(self.path / name)
@@ -91,33 +104,32 @@ class DirectoryStore:
         self._draft(draft).mkdir(parents=True)
 
     def create(self, draft: str, file: str) -> BinaryIO:
-        return _Durable(self._draft(draft) / file)
+        return io.BufferedWriter(_Durable(self._draft(draft) / file, "xb"), _BUFFER_BYTES)
 
     def commit(self, draft: str, name: str, manifest: bytes) -> str:
         with self.create(draft, MANIFEST) as out:
             out.write(manifest)
         _sync_directory(self._draft(draft))
         if (self.path / name).exists():
-            self.set_aside(name, "broken")
+            self.set_aside(name, "replaced")
         self._draft(draft).rename(self.path / name)
         _sync_directory(self.path)
         return name
 
     def discard(self, draft: str) -> None:
-        shutil.rmtree(self._draft(draft), ignore_errors=True)
+        with suppress(OSError):
+            self._delete(self._draft(draft))
 
     def remove(self, name: str) -> None:
-        gone = self._draft(f"gone-{name}-{time.time_ns()}")
-        (self.path / name).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        self._delete(self.path / name)
 
     def set_aside(self, name: str, why: str) -> str:
         return str((self.path / name).rename(self.path / f"{why}-{name}-{time.time_ns()}"))
 
     def sweep(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         for left in self.path.glob(".tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
+            with suppress(FileNotFoundError):  # a living worker of an earlier attempt has just committed it
+                self._delete(left)
 
     def free_bytes(self) -> int | None:
         return shutil.disk_usage(self.path).free
@@ -125,17 +137,21 @@ class DirectoryStore:
     def _draft(self, draft: str) -> Path:
         return self.path / f".tmp-{draft}"
 
+    def _delete(self, path: Path) -> None:
+        """Renamed first: what is half deleted is never seen under its name, nor committed by who still has it."""
+        gone = path.rename(self.path / f".tmp-gone-{time.time_ns()}")
+        shutil.rmtree(gone, ignore_errors=True)
+
 
 class _Durable(io.FileIO):
     """A file that is on the disk when it is closed."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "xb")
-
     def close(self) -> None:
-        if not self.closed:
-            os.fsync(self.fileno())
-        super().close()
+        try:
+            if not self.closed:
+                os.fsync(self.fileno())
+        finally:
+            super().close()
 
 
 def _sync_directory(path: Path) -> None:
