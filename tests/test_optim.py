@@ -384,7 +384,7 @@ class FusedSGD(torch.optim.SGD):
 
     def __init__(self, params: Any, lr: float, momentum: float, nesterov: bool, set_grad_none: bool) -> None:
         assert set_grad_none
-        super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov, foreach=False)
+        super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
         self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int)
 
     def step(self) -> None:  # type: ignore[override]

@@ -150,8 +150,8 @@ class Engine(ABC):
         tensors of float32. The batch-norm buffers stay the tensors that they are."""
 
     @abstractmethod
-    def _forward(self, images: Tensor) -> Any:
-        """The outputs of the network in training mode."""
+    def _forward(self, images: Tensor, last: bool) -> Any:
+        """The outputs of the network in training mode; `last`: as for the backward pass that follows."""
 
     @abstractmethod
     def _backward(self, loss: Tensor, last: bool) -> None:
@@ -203,7 +203,7 @@ class Engine(ABC):
         torch.manual_seed(seed)
         self._statistics.track(tracked)
         with autocast(self._recipe, self._group.device):
-            outputs = self._forward(images if self._recipe.channels_last else images.contiguous())
+            outputs = self._forward(images if self._recipe.channels_last else images.contiguous(), last)
         loss = self._criterion(outputs, labels)
         weighted = loss * weight
         self._backward(weighted if self._scaler.scale is None else weighted * self._scaler.scale, last)

@@ -1,7 +1,7 @@
 """Whole weights on every rank, gradients summed by torch's DistributedDataParallel."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,15 +33,15 @@ class DdpEngine(Engine):
             self._settle_buckets()
         return optimizer
 
-    def _forward(self, images: Tensor) -> Any:
+    def _forward(self, images: Tensor, last: bool) -> Any:
+        if self._replicas is not None:
+            self._replicas.require_backward_grad_sync = last  # as no_sync() does, which would have to span both passes
         if self._tree is not None:
             self._tree.begin()
         return self._network(images)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
-        # Gradients are summed over the ranks in the last backward pass only.
-        with nullcontext() if self._replicas is None or last else self._replicas.no_sync():
-            loss.backward()
+        loss.backward()
         if self._tree is not None:
             self._tree.add(last)
 

@@ -38,14 +38,15 @@ class FsdpEngine(Engine):
         for name, parameter in named.items():
             assert isinstance(parameter, DTensor)
             self._held[name] = parameter, nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
-        local: dict[nn.Parameter, nn.Parameter] = {sharded: own for sharded, own in self._held.values()}  # noqa: C416
-        return build_optimizer(recipe.optimizer, self._model, local.__getitem__, self._norms, recipe.deterministic)
+        held = {id(sharded): own for sharded, own in self._held.values()}
+        return build_optimizer(recipe.optimizer, self._model, lambda p: held[id(p)], self._norms, recipe.deterministic)
 
-    def _forward(self, images: Tensor) -> Any:
+    def _forward(self, images: Tensor, last: bool) -> Any:
+        self._sharded.set_requires_gradient_sync(last)
         return self._model(images)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
-        self._sharded.set_requires_gradient_sync(last)
+        del last
         loss.backward()
 
     def _gradients(self) -> list[Tensor]:

@@ -117,7 +117,7 @@ class TreeSum:
         part = combine(self._root, dict(zip(nodes, received.split(self._chunk), strict=True)))
         self._free += own
         total = own[0]
-        dist.all_gather_into_tensor(total, part, group=self._group.gradients)
+        dist.all_gather(list(total.split(self._chunk)), part, group=self._group.gradients)
         return total
 
     def _empty(self) -> Tensor:
