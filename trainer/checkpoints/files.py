@@ -6,15 +6,17 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from configs import LonghaulError
 from trainer.checkpoints.manifest import Saved
+from trainer.checkpoints.metadata import read_metadata
 from trainer.checkpoints.state import Piece, State
 from trainer.checkpoints.store import Store
 from trainer.group import Group
@@ -63,9 +65,20 @@ def contents(saved: Saved) -> dict[str, torch.Tensor]:
 
 
 def _reader(saved: Saved) -> dcp.FileSystemReader:
-    reader = dcp.FileSystemReader(saved.name)
+    reader = _Reader(saved.name)
     reader.fs = _Files(saved.store, saved.name)  # type: ignore[assignment]
     return reader
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        del args, kwargs
+        path = self.fs.concat_path(self.path, ".metadata")
+        with self.fs.create_stream(path, "rb") as file:
+            metadata = read_metadata(cast(BinaryIO, file), str(path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
