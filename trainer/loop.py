@@ -54,6 +54,7 @@ class Loop:
     threads: int
     history: History
     step: int
+    imported: dict[str, Any] | None = None  # where the steps before it are from, which this ledger has not seen
 
     def __post_init__(self) -> None:
         self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
@@ -198,6 +199,7 @@ class Loop:
             "history": self.history.as_dict(),
             "num_classes": self.num_classes,
             "num_substitutes": len(ledger.substitutes),
+            **({} if self.imported is None else {"imported": self.imported}),
         }
         self.checkpointer.save(self.step, state, extra)
         stall = time.monotonic() - began

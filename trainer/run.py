@@ -146,9 +146,11 @@ class _Worker:
             on_failed=lambda at, why: telemetry.event("checkpoint_failed", step=at, reason=why),
         )  # fmt: skip
         history = History() if saved is None else History.from_dict(saved.manifest["history"])
+        imported = None if saved is None else saved.manifest.get("imported")
         loop = Loop(
             self.recipe, self.group, self.engine, self.train_split, self.val_split, self.order,
             Recorder(self._restore(saved)), checkpointer, telemetry, self.requests, self.threads, history, step,
+            imported,
         )  # fmt: skip
         checkpointer.last_step = step if saved is not None else -1
         score = loop.evaluate_only() if loop.finished() else loop.run()
