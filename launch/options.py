@@ -25,7 +25,7 @@ def choose_images(data: str | None, cache_dir: Path | None, cache_bytes: str | N
 def find_target(target: str, runs: Path) -> tuple[RunDirectory, str | None]:
     """A run by name or directory, or the run of a checkpoint's directory with that checkpoint's name."""
     checkpoint = Path(target).absolute()
-    if (checkpoint / "manifest.json").is_file() and checkpoint.parent.name == "checkpoints":
+    if checkpoint.is_dir() and checkpoint.parent.name == "checkpoints":
         return RunDirectory(checkpoint.parent.parent).require(), checkpoint.name
     return find_run(target, runs), None
 
@@ -37,3 +37,8 @@ def choose_weights(weights: str) -> "Weights":
     if weights not in get_args(Weights):
         raise LonghaulError(f"--weights {weights}: it is auto, plain or ema.")
     return cast("Weights", weights)
+
+
+def choose_groups(groups: str | None) -> list[str]:
+    """--only and --ignore: names of groups of tensors, with commas between them."""
+    return [] if groups is None else [group.strip() for group in groups.split(",")]

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import settings
 
 from data_pipeline.ingest import prepare
 from data_pipeline.sources import open_source
+from launch.cli import main
 from tests.workers import make_job, train
 from trainer.rundir import RunDirectory
 
@@ -41,3 +43,22 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "digits"
     prepare(open_source("digits", 0.0), out)
     return out
+
+
+def longhaul(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
+    """Run the command in this process; its exit code, and what it printed on both streams."""
+    monkeypatch.setattr(sys, "argv", ["longhaul", *arguments])
+    try:
+        main()
+        code = 0
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """`cli(*arguments)` runs the command in an empty directory: (exit code, what it printed)."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: longhaul(capsys, monkeypatch, *arguments)
