@@ -1,4 +1,4 @@
-"""What a checkpoint costs while it is saved: ours against torch.save and torch.distributed.checkpoint's own, interleaved.
+"""What saving a checkpoint costs: ours against torch.save and torch.distributed.checkpoint's own, interleaved.
 
 Two processes of one thread train a network at 224 in bf16 with DDP, on tensors made beforehand. In every round each arm
 saves the same state (weights and momentum) once, at the beginning of a window of steps; the round also has a window
@@ -57,8 +57,8 @@ def measure(network: str, rounds: int, directory: Path) -> None:
         committed: list[float] = []
         checkpointer = Checkpointer(
             DirectoryStore(directory / "longhaul"), group, 1,
-            on_saved=lambda saved, seconds: committed.append(seconds), on_failed=lambda *why: sys.exit(f"{why}"),
-            **({"superfluous": lambda store: store.names()[:-1]}),
+            superfluous=lambda store: store.names()[:-1], on_saved=lambda _, seconds: committed.append(seconds),
+            on_failed=lambda *why: sys.exit(f"{why}"),
         )  # fmt: skip
         under_way: list[Any] = []
         own = dist.new_group(backend="gloo")

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs import LonghaulError, load_recipe
+from launch import checkpoint as checkpoint_commands
 from launch import data as data_commands
+from launch.arguments import DataOption, RunsOption
 
 console = Console(soft_wrap=True)
 app = typer.Typer(
@@ -23,15 +25,8 @@ app = typer.Typer(
 )
 
 app.add_typer(data_commands.app, name="data")
+app.add_typer(checkpoint_commands.app, name="checkpoint")
 
-RunsOption = Annotated[
-    Path,
-    typer.Option("--runs", envvar="LONGHAUL_RUNS", help="Where runs live; with several machines, storage they share."),
-]
-DataOption = Annotated[
-    str | None,
-    typer.Option("--data", help="The data set (made by `longhaul prepare`): a directory, or a URL (s3://...)."),
-]
 CacheDirOption = Annotated[
     Path | None,
     typer.Option(

@@ -28,11 +28,12 @@ def find_target(target: str, runs: Path) -> tuple[RunDirectory, str | None]:
     if isinstance(checkpoint, str):
         base, _, name = checkpoint.rpartition("/")
         return _run_with(base, runs), name
-    if not (checkpoint / "manifest.json").is_file():
-        return find_run(target, runs), None
     own = RunDirectory(checkpoint.parent.parent)
-    is_own = checkpoint.parent.name == "checkpoints" and own.recipe_file.is_file()
-    return own if is_own else _run_with(checkpoint.parent, runs), checkpoint.name
+    if checkpoint.is_dir() and checkpoint.parent.name == "checkpoints" and own.recipe_file.is_file():
+        return own, checkpoint.name  # with or without a manifest: that it has none is for its reader to say
+    if (checkpoint / "manifest.json").is_file():
+        return _run_with(checkpoint.parent, runs), checkpoint.name
+    return find_run(target, runs), None
 
 
 def _run_with(location: Location, runs: Path) -> RunDirectory:
@@ -51,3 +52,8 @@ def choose_weights(weights: str) -> "Weights":
     if weights not in get_args(Weights):
         raise LonghaulError(f"--weights {weights}: it is auto, plain or ema.")
     return cast("Weights", weights)
+
+
+def choose_groups(groups: str | None) -> list[str]:
+    """--only and --ignore: names of groups of tensors, with commas between them."""
+    return [] if groups is None else [group.strip() for group in groups.split(",")]

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 
 from data_pipeline.ingest import prepare
 from data_pipeline.sources import open_source
+from launch.cli import main
 from tests.workers import make_job, train
 from trainer.rundir import RunDirectory
 
@@ -55,3 +57,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small file system needs root")
     yield path
     subprocess.run(["umount", "-l", path], check=True)
+
+
+def longhaul(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
+    """Run the command in this process; its exit code, and what it printed on both streams."""
+    monkeypatch.setattr(sys, "argv", ["longhaul", *arguments])
+    try:
+        main()
+        code = 0
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """`cli(*arguments)` runs the command in an empty directory: (exit code, what it printed)."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: longhaul(capsys, monkeypatch, *arguments)

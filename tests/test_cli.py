@@ -7,27 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main
-
-
-def longhaul(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
-    """Run the command in this process; its exit code, and what it printed on both streams."""
-    monkeypatch.setattr(sys, "argv", ["longhaul", *arguments])
-    try:
-        main()
-        code = 0
-    except SystemExit as leaving:
-        code = int(leaving.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: longhaul(capsys, monkeypatch, *arguments)
-
-
 TRAIN = ("train", "digits", "--name", "x", "--local")
 
 

@@ -57,6 +57,7 @@ class Loop:
     threads: int
     history: History
     step: int
+    imported: dict[str, Any] | None = None  # where the steps before it are from, which this ledger has not seen
 
     def __post_init__(self) -> None:
         self.window = Window(self.group, self.recipe.batch.num_micro, self.recipe.batch.size)
@@ -215,6 +216,7 @@ class Loop:
             "num_classes": self.num_classes,
             "num_substitutes": len(ledger.substitutes),
             **self._score_of_this_step(),
+            **({} if self.imported is None else {"imported": self.imported}),
         }
         self.checkpointer.save(self.step, state, extra, memory)
         stall = time.monotonic() - began

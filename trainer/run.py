@@ -161,9 +161,11 @@ class _Worker:
         )  # fmt: skip
         history = History() if saved is None else History.from_dict(saved.manifest["history"])
         policy = build_policy(self.recipe, len(self.train_split), self.group, self.job.run.events())
+        imported = None if saved is None else saved.manifest.get("imported")
         loop = Loop(
             self.recipe, self.group, self.engine, self.train_split, self.val_split, self.order,
             Recorder(self._restore(saved)), checkpointer, policy, telemetry, self.requests, self.threads, history, step,
+            imported,
         )  # fmt: skip
         checkpointer.last_step = step if saved is not None else -1
         score = loop.evaluate_only() if loop.finished() else loop.run()

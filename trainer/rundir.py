@@ -16,7 +16,7 @@ from trainer.checkpoints.objects import open_store
 from trainer.checkpoints.store import Store
 
 # Keys that decide nothing of the result: a run goes on with other values of theirs as with its own.
-_NOT_OF_THE_RESULT = ("description", "checkpoint.", "log.")
+_NOT_OF_THE_RESULT = ("description", "checkpoint.", "log.", "engine.name", "engine.zero_stage", "engine.deepspeed")
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,17 @@ class RunDirectory:
                     yield json.loads(line)
                 except ValueError:
                     continue
+
+    def data(self) -> Location:
+        """The data set that the run was started, or imported, with; raises LonghaulError where no event tells."""
+        known = next((event for event in self.events() if event["event"] in ("start", "imported")), None)
+        if known is None:
+            raise LonghaulError(f"{self.events_file} does not say which data the run was trained on: give --data.")
+        return parse_location(known["data"])
+
+    def recipe_sha256(self) -> str:
+        """The hash of the recipe, as the latest start has it; "" where the events are not there."""
+        return next((e["recipe_sha256"] for e in reversed(list(self.events())) if e["event"] == "start"), "")
 
 
 class Events:

@@ -14,7 +14,7 @@ from configs import LonghaulError, Recipe
 from data_pipeline.cache import Cache
 from data_pipeline.loader import Batch, evaluation_batches
 from data_pipeline.split import Split, read_manifest
-from data_pipeline.storage import Location, parse_location
+from data_pipeline.storage import Location
 from trainer.batchnorm import exact_statistics
 from trainer.checkpoints.manifest import Saved
 from trainer.group import Rendezvous, free_port, join
@@ -53,8 +53,8 @@ class Trained:
         return images if self.recipe.channels_last else images.contiguous()
 
     def recipe_sha256(self) -> str:
-        """The hash of the recipe, as the run's latest start has it; "" where the events are not there."""
-        return next((e["recipe_sha256"] for e in reversed(list(self.run.events())) if e["event"] == "start"), "")
+        """See `RunDirectory.recipe_sha256`."""
+        return self.run.recipe_sha256()
 
     def classes(self, split: Split) -> list[str]:
         """A name for each class of the network; raises LonghaulError where the data has more classes than it."""
@@ -88,7 +88,7 @@ class Images:
     @contextmanager
     def open(self, run: RunDirectory, *splits: str) -> Iterator[Split]:
         """The first of these splits that there is. Raises LonghaulError where there is none of them."""
-        location = self.data or _data_of(run)
+        location = self.data or run.data()
         there = read_manifest(location)[0].splits
         name = next((name for name in splits if there.get(name)), splits[0])
         cache = None if isinstance(location, Path) else Cache(self.cache_directory, self.cache_bytes)
@@ -113,10 +113,3 @@ def spread(num_samples: int, count: int) -> NDArray[np.int64]:
     int64, ascending."""
     count = min(count, num_samples)
     return np.arange(count, dtype=np.int64) * num_samples // max(count, 1)
-
-
-def _data_of(run: RunDirectory) -> Location:
-    started = next((event for event in run.events() if event["event"] == "start"), None)
-    if started is None:
-        raise LonghaulError(f"{run.events_file} does not say which data the run was trained on: give --data.")
-    return parse_location(started["data"])

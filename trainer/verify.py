@@ -1,6 +1,7 @@
 """`longhaul verify`: proof, from a run's newest checkpoint, that every epoch used every sample exactly once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,14 +37,17 @@ def verify(
         raise LonghaulError(f"{run.store()} holds no checkpoint that verifies{': ' + broken[0] if broken else ''}.")
     order = build_order(recipe, [shard.rows for shard in split.shards])
     ledger = read_ledger(saved, order)
+    imported = saved.manifest.get("imported")
+    first = 0 if imported is None else imported["step"]
     return [
         Finding(
             "every file of the newest checkpoint has its bytes",
             not broken,
             broken[0] if broken else str(saved),
         ),
-        *_check_epochs(order, ledger, saved.step),
-        _check_steps(recipe, order, split, ledger, progress),
+        *([] if imported is None else [_name_import(imported)]),
+        *_check_epochs(order, ledger, saved.step, first),
+        _check_steps(recipe, order, split, ledger, progress, first),
         *_name_substitutes(ledger, split),
         _check_events(run, saved.step),
     ]
@@ -56,22 +60,32 @@ def read_ledger(saved: Saved, order: Order) -> Ledger:
     return ledger
 
 
-def _check_epochs(order: Order, ledger: Ledger, steps: int) -> list[Finding]:
+def _name_import(imported: dict[str, Any]) -> Finding:
+    """That nothing is claimed of what another program did: for people to know, the run holds."""
+    source = f"imported from {imported['from']}: {imported['file']}"
+    return Finding(f"steps before {imported['step']:,} were not recorded here", True, source)
+
+
+def _check_epochs(order: Order, ledger: Ledger, steps: int, first: int = 0) -> list[Finding]:
     """Whole epochs against the set of all samples, without reference to any order; those under way (with repeats there
-    may be several) against the part of them that the order says was reached."""
+    may be several) against the part of them that the order says was reached. Of epochs that had begun at step `first`,
+    with which the ledger begins, only what came after it is checked."""
     size = order.num_samples
-    counts = [order.used(epoch, steps) for epoch in range(order.epochs_touched(steps))]
-    whole = [epoch for epoch, count in enumerate(counts) if count == size]
+    counts = [(order.used(epoch, first), order.used(epoch, steps)) for epoch in range(order.epochs_touched(steps))]
+    whole = [epoch for epoch, count in enumerate(counts) if count == (0, size)]
     every = np.arange(size, dtype=np.int64)
     wrong = [epoch for epoch in whole if not _used(ledger, epoch, every)]
     used = f"{len(whole)} epochs of {size:,} samples" if not wrong else f"epochs {wrong[:10]} differ"
     findings = [Finding("every whole epoch used every sample exactly once", not wrong, used)]
-    under_way = [(epoch, count) for epoch, count in enumerate(counts) if count < size]
-    if under_way:
-        holds = all(_used(ledger, epoch, order.first_of(epoch, count)) for epoch, count in under_way)
-        what = "the epoch under way used its" if len(under_way) == 1 else "the epochs under way used their"
-        figures = " and ".join(f"{count:,}" for _, count in under_way)
-        findings.append(Finding(f"{what} first samples exactly once", holds, f"{figures} of {size:,}"))
+    begun = [epoch for epoch, (before, now) in enumerate(counts) if 0 < before < now]
+    under_way = [epoch for epoch, (before, now) in enumerate(counts) if before == 0 and now < size]
+    for epochs, which, part in ((begun, "begun before that", "next"), (under_way, "under way", "first")):
+        if epochs:
+            parts = [order.first_of(epoch, counts[epoch][1])[counts[epoch][0] :] for epoch in epochs]
+            holds = all(_used(ledger, epoch, ids) for epoch, ids in zip(epochs, parts, strict=True))
+            what = f"the epoch {which} used its" if len(epochs) == 1 else f"the epochs {which} used their"
+            figures = " and ".join(f"{len(ids):,}" for ids in parts)
+            findings.append(Finding(f"{what} {part} samples exactly once", holds, f"{figures} of {size:,}"))
     return findings
 
 
@@ -83,18 +97,23 @@ def _used(ledger: Ledger, epoch: int, ids: NDArray[np.int64]) -> bool:
 
 
 def _check_steps(
-    recipe: Recipe, order: Order, split: Split, ledger: Ledger, progress: Callable[[int, int], None] | None
+    recipe: Recipe,
+    order: Order,
+    split: Split,
+    ledger: Ledger,
+    progress: Callable[[int, int], None] | None,
+    first: int = 0,
 ) -> Finding:
-    """Every step's digest against samples and crop boxes computed anew from the recipe and the seed."""
+    """Every step's digest, from step `first` on, against samples and crop boxes computed anew from recipe and seed."""
     recorded = ledger.steps.numpy().view(np.uint64)
     wrong = []
     substitutes = {(epoch, sample): shown for epoch, sample, shown in ledger.substitutes.tolist()}
-    for step in range(len(recorded)):
+    for step in range(first, len(recorded)):
         if step_digest(recipe, order, split, step, substitutes) != int(recorded[step]):
             wrong.append(step)
         if progress is not None:
-            progress(step + 1, len(recorded))
-    figures = f"{len(recorded):,} steps" if not wrong else f"{len(wrong)} steps differ, the first is {wrong[0]}"
+            progress(step + 1 - first, len(recorded) - first)
+    figures = f"{len(recorded) - first:,} steps" if not wrong else f"{len(wrong)} steps differ, the first is {wrong[0]}"
     return Finding("every step saw the samples, crops and flips that recipe and seed give it", not wrong, figures)
 
 

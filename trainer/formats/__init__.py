@@ -1,0 +1,1 @@
+"""Training checkpoints of other programs, read and written: `longhaul checkpoint convert`."""
