@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -21,7 +20,6 @@ from tests.workers import final_state, make_job, train
 from trainer.checkpoints.compare import compare_states, equal_bits, ulps
 from trainer.checkpoints.inventory import bytes_by_group, bytes_by_rank, list_checkpoints, num_bytes, read_state
 from trainer.checkpoints.manifest import open_checkpoint, open_valid, render
-from trainer.checkpoints.metadata import read_metadata
 from trainer.rundir import RunDirectory
 
 NAME = "step-00000040"
@@ -211,20 +209,6 @@ def test_a_malicious_index_runs_nothing(cli, copied: RunDirectory, tmp_path: Pat
 def _mark(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-@pytest.mark.parametrize("what", [b"", b"garbage", pickle.dumps({"a": 1})])
-def test_an_index_that_is_none_is_named(what: bytes, tmp_path: Path) -> None:
-    (tmp_path / "index").write_bytes(what)
-    with (tmp_path / "index").open("rb") as file, pytest.raises(LonghaulError, match=r"there/\.metadata"):
-        read_metadata(file, "there/.metadata")
-
-
-def test_an_index_with_objects_beside_tensors_is_refused(tmp_path: Path) -> None:
-    """DCP would unpickle them without a question."""
-    dcp.save({"tensor": torch.zeros(2), "object": {1, 2}}, checkpoint_id=tmp_path, no_dist=True)
-    with (tmp_path / ".metadata").open("rb") as file, pytest.raises(LonghaulError, match="BytesStorageMetadata"):
-        read_metadata(file, "x")
 
 
 def test_nothing_is_left_is_told(digits_run: RunDirectory) -> None:
