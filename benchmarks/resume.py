@@ -82,7 +82,8 @@ def once(network: str, directory: Path, data: Path, steps: int) -> dict[str, flo
     out = directory / "clock.json"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "-m", "benchmarks.resume", "--worker", str(out), "train", "resnet50", f"model.name={network}", f"duration={steps}it", f"batch.size={2 * micro}",
+        "-m", "benchmarks.resume", "--worker", str(out),
+        "train", "resnet50", f"model.name={network}", f"duration={steps}it", f"batch.size={2 * micro}",
         f"batch.micro={micro}", "schedule={kind: constant, lr: 0.01}", "checkpoint.every=1000it",
         "evaluate.every=1000it", "log.every=1it", "precision=bf16", "--allow-changes", "--data", str(data),
         "--name", network, "--runs", str(directory), "--threads", "1", "--device", "cpu",
