@@ -4,7 +4,8 @@ Trains twice with two Ray workers in deterministic mode and SIGKILLs one of them
 each: the state's size, how long training stood still for a save, how long a save took behind the steps, seconds from
 the kill to the next step of the run, steps done again, and whether the final checkpoints are bit for bit equal.
 
-    python -m benchmarks.memory_tier [--seed 0] [--every 10it] [--steps 200] [model.name=resnet50 ...]
+    python -m benchmarks.memory_tier [--seed 0] [--every 10it] [--steps 200] [key=value ...]
+    python -m benchmarks.memory_tier --steps 40 --every 5it model.name=resnet50 model.shortcut=B precision=fp32
 """
 
 import argparse
