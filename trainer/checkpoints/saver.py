@@ -90,10 +90,9 @@ class Checkpointer:
         hangs = self._pending is not None and not self._pending.done()
         lost = not hangs and self._pending is not None and self._pending.exception() is not None
         ranks = self._group.gather((hangs, lost))
-        hanging = [rank for rank, (hangs, _) in enumerate(ranks) if hangs]
-        if hanging:
+        if any(hangs for hangs, _ in ranks):
             if self._group.rank == 0:
-                self._on_failed(step, f"an earlier save to {self._store} still hangs, on rank {hanging[0]}")
+                self._on_failed(step, f"an earlier save to {self._store} still hangs")
             return False
         if any(lost for _, lost in ranks):
             self._ranks = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
@@ -135,8 +134,8 @@ class Checkpointer:
                 self._prune()
         except OSError as error:  # on every rank, but of a commit, which is rank 0's alone
             if self._group.rank == 0:
+                self._on_failed(step, str(error))
                 self._store.discard(draft)
-                self._on_failed(step, self._reason(error))
 
     def _begin(self, draft: str) -> None:
         """Start the draft; where rank 0 cannot, every rank raises OSError."""
@@ -159,10 +158,3 @@ class Checkpointer:
         with suppress(OSError):  # what cannot be removed now is superfluous the next time too
             for name in self._superfluous(self._store):
                 self._store.remove(name)
-
-    def _reason(self, error: OSError) -> str:
-        with suppress(OSError):
-            free = self._store.free_bytes()
-            if free is not None:
-                return f"{error} ({self._store} has {free / 1e6:,.1f} MB left)"
-        return str(error)
