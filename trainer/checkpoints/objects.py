@@ -17,7 +17,7 @@ from trainer.checkpoints.store import MANIFEST, DirectoryStore, Store, age
 _NAME = re.compile(r"step-\d+-attempt\d+")
 _PART_BYTES = 16 * 2**20  # an S3 upload has 10,000 parts at most: files of up to 160 GB
 
-_ATTEMPTS = 8  # with growing pauses, half a minute in all on average
+_ATTEMPTS = 6  # with growing pauses, a quarter of a minute in all on average
 
 
 def open_store(location: Location) -> Store:
