@@ -40,6 +40,26 @@ def test_kills_at_random_instants_lose_and_change_nothing(digits: Path, tmp_path
     assert tally.in_a_save >= 1
 
 
+@pytest.mark.parametrize("small_disk", ["12m"], indirect=True)
+def test_a_disk_that_is_full_under_the_whole_run(digits: Path, small_disk: Path) -> None:
+    """Checkpoints, events and TensorBoard: nothing can be written for a while."""
+    job = make_job(small_disk / "run", digits, "checkpoint.every=1it", "checkpoint.keep_last=1")
+    processes = start(job, 1)
+    wait_for(lambda: kinds(job.run, "checkpoint"))
+    filler = (small_disk / "filler").open("wb", buffering=0)
+    with pytest.raises(OSError, match="No space left"):
+        while True:
+            filler.write(bytes(4096))
+    filler.close()
+    time.sleep(1.0)
+    (small_disk / "filler").unlink()
+    assert wait(processes) == [0]
+    assert [event["step"] for event in kinds(job.run, "step")] == list(range(1, 81)), "told late, but told"
+    assert any("No space left on device" in event["reason"] for event in kinds(job.run, "checkpoint_failed"))
+    saved = newest_valid(job.run.store(), lambda _, why: pytest.fail(why))
+    assert saved is not None and saved.step == 80
+
+
 # --- one rank's storage --------------------------------------------------------------------------------------------
 
 
