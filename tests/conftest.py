@@ -49,11 +49,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB: a checkpoint of ResNet-20 (2.3 MB) fits once."""
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of 3 MB, or so many as are asked for: a checkpoint of ResNet-20 (2.3 MB) fits once."""
+    size = getattr(request, "param", "3m")
     path = tmp_path / "disk"
     path.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", path]).returncode:
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]).returncode:
         pytest.skip("mounting a small file system needs root")
     yield path
     subprocess.run(["umount", "-l", path], check=True)

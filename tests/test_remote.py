@@ -564,7 +564,8 @@ def test_the_commands_take_a_url(
 def test_ray_submit_hands_a_url_on_as_it_is(tmp_path: Path) -> None:
     options = parse(["--recipe", "digits", "--data", URL, "--cache-dir", "/nvme", "--cache-bytes", "200GB"])
     assert f"--data {URL} --cache-dir /nvme --cache-bytes 200GB" in describe_run(options).entrypoint
-    options = parse(["--recipe", "digits", "--data", "here"])
+    options = parse(["--recipe", "digits", "--data", "here", "--checkpoints", "s3://bucket/runs"])
+    assert "--checkpoints s3://bucket/runs" in describe_run(options).entrypoint
     assert f"--data {Path.cwd() / 'here'}" in describe_run(options).entrypoint
 
 

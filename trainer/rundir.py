@@ -1,6 +1,7 @@
 """The directory of a run: its recipe, events, checkpoints, result; and the rule by which a run may go on."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -117,19 +118,32 @@ class RunDirectory:
 
 
 class Events:
-    """Appends to events.jsonl: one JSON object a line, each with `event` and `time` (seconds since 1970)."""
+    """Appends to events.jsonl: one JSON object a line, each with `event` and `time` (seconds since 1970).
+
+    What finds no room on the disk is written as soon as there is some; until then it is told on stderr, once.
+    """
 
     def __init__(self, run: RunDirectory, enabled: bool = True) -> None:
-        self._file = run.events_file.open("a", buffering=1) if enabled else None
+        self._file = run.events_file.open("ab", buffering=0) if enabled else None
         self._lock = threading.Lock()
+        self._unwritten = b""
+        self._told = False
         if self._file is not None and _last_byte(run.events_file) not in (b"", b"\n"):
-            self._file.write("\n")  # a crash cut the last line short: do not write on in it
+            self._unwritten = b"\n"  # a crash cut the last line short: do not write on in it
 
     def write(self, event: str, **fields: Any) -> None:
-        if self._file is not None:
-            line = json.dumps({"event": event, "time": round(time.time(), 3), **fields})
-            with self._lock:
-                self._file.write(line + "\n")
+        if self._file is None:
+            return
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **fields})
+        with self._lock:
+            self._unwritten += line.encode() + b"\n"
+            try:
+                while self._unwritten:
+                    self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            except OSError as error:  # a full disk must not stop the training
+                if not self._told:
+                    print(f"{self._file.name} cannot be written: {error.strerror}.", file=sys.stderr, flush=True)
+                self._told = True
 
     def close(self) -> None:
         if self._file is not None:

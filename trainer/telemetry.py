@@ -1,6 +1,7 @@
 """What rank 0 tells the world: events.jsonl and TensorBoard."""
 
 import math
+from contextlib import suppress
 from typing import Any
 
 from trainer.rundir import Events, RunDirectory
@@ -30,18 +31,25 @@ class Telemetry:
         # NaN is not JSON; what is not a number becomes null.
         rounded = {k: float(f"{value:.7g}") if math.isfinite(value) else None for k, value in figures.items()}
         self.event("step", step=step, total_steps=total, epoch=epoch, **rounded)
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"train/{name}", value, step)
+        self._plot({f"train/{name}": value for name, value in figures.items()}, step)
 
     def evaluation(self, step: int, epoch: float, seconds: float, figures: dict[str, float | int]) -> None:
         """An evaluation's shares and loss."""
         self.event("evaluation", step=step, epoch=epoch, seconds=round(seconds, 3), **figures)
-        if self._board is not None:
-            for name in ("top1", "top5", "loss"):
-                self._board.add_scalar(f"evaluation/{name}", figures[name], step)
+        self._plot({f"evaluation/{name}": figures[name] for name in ("top1", "top5", "loss")}, step)
 
     def close(self) -> None:
         self.events.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
+
+    def _plot(self, figures: dict[str, float | int], step: int) -> None:
+        if self._board is None:
+            return
+        try:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:  # of its writing thread, which has ended: the disk is full
+            self._board = None
+            self.event("warning", message=f"TensorBoard gets no more figures of this attempt: {error.strerror}.")

@@ -39,7 +39,8 @@ def write(state: State, store: Store, draft: str, group: dist.ProcessGroup) -> d
     try:
         dcp.save(state, storage_writer=writer, planner=_SavePlanner(), process_group=group)
     except dcp.api.CheckpointException as error:  # derives from BaseException
-        raise OSError(_first_line(next(iter(error.failures.values()))[0])) from None
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise OSError(f"worker {rank}: {_first_line(first)}") from None
     return files.written
 
 

@@ -129,9 +129,6 @@ class KeeperStore:
             if MANIFEST not in files:
                 self._drop(name)
 
-    def free_bytes(self) -> int | None:
-        return None
-
     def _files(self) -> dict[str, set[str]]:
         """Every file that some machine has, by checkpoint or draft."""
         found: dict[str, set[str]] = {}

@@ -17,16 +17,7 @@ from trainer.checkpoints.store import MANIFEST, DirectoryStore, Store, age
 _NAME = re.compile(r"step-\d+-attempt\d+")
 _PART_BYTES = 16 * 2**20  # an S3 upload has 10,000 parts at most: files of up to 160 GB
 
-# The client tries again what fails in passing, with growing pauses: half a minute in all, as AWS_MAX_ATTEMPTS counts.
-# One connection for a download: with more, s3fs keeps the whole file in memory.
-_S3_OPTIONS = {
-    "max_concurrency": 1,
-    "config_kwargs": {
-        "retries": {"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "8"))},
-        "connect_timeout": 20,
-        "read_timeout": 60,
-    },
-}
+_ATTEMPTS = 6  # with growing pauses, a quarter of a minute in all on average
 
 
 def open_store(location: Location) -> Store:
@@ -53,7 +44,7 @@ class ObjectStore:
         self.url = url
         self._copies: dict[tuple[str, str], BinaryIO] = {}
         try:
-            options = _S3_OPTIONS if url.startswith(("s3://", "s3a://")) else {}
+            options = _s3_options() if url.startswith(("s3://", "s3a://")) else {}
             self._files, self._root = url_to_fs(url, **options)
         except (ValueError, ImportError) as error:
             raise LonghaulError(f"--checkpoints {url}: {str(error).rstrip('.')}.") from None
@@ -120,9 +111,6 @@ class ObjectStore:
             if not any(file.endswith(MANIFEST) for file in files):
                 self.remove(name)
 
-    def free_bytes(self) -> int | None:
-        return None
-
     def _path(self, name: str, file: str) -> str:
         return f"{self._root}/{name}/{file}"
 
@@ -141,6 +129,14 @@ class ObjectStore:
         with tempfile.NamedTemporaryFile(prefix="longhaul-") as named, _os_errors(f"{self.url}/{name}/{file}"):
             self._files.get_file(self._path(name, file), named.name)
             return Path(named.name).open("rb")  # stays readable when its name is gone
+
+
+def _s3_options() -> dict[str, Any]:
+    """The client tries again what fails in passing, as often as AWS_MAX_ATTEMPTS says. One connection for a download:
+    with more, s3fs keeps the whole file in memory."""
+    attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS))
+    retries = {"mode": "standard", "total_max_attempts": attempts}
+    return {"max_concurrency": 1, "config_kwargs": {"retries": retries, "connect_timeout": 20, "read_timeout": 60}}
 
 
 class _Upload(io.RawIOBase):

@@ -100,10 +100,9 @@ class Checkpointer:
         hangs = self._pending is not None and not self._pending.done()
         lost = not hangs and self._pending is not None and self._pending.exception() is not None
         ranks = self._group.gather((hangs, lost))
-        hanging = [rank for rank, (hangs, _) in enumerate(ranks) if hangs]
-        if hanging:
+        if any(hangs for hangs, _ in ranks):
             if self._group.rank == 0:
-                self._on_failed(store, step, f"an earlier save to {self._into} still hangs, on rank {hanging[0]}")
+                self._on_failed(store, step, f"an earlier save to {self._into} still hangs")
             return False
         if any(lost for _, lost in ranks):
             self._ranks = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
@@ -147,8 +146,8 @@ class Checkpointer:
                 self._prune(store)
         except OSError as error:  # on every rank, but of a commit, which is rank 0's alone
             if self._group.rank == 0:
+                self._on_failed(store, step, str(error))
                 store.discard(draft)
-                self._on_failed(store, step, _reason(store, error))
 
     def _begin(self, store: Store, draft: str) -> None:
         """Start the draft; where rank 0 cannot, every rank raises OSError."""
@@ -171,11 +170,3 @@ class Checkpointer:
         with suppress(OSError):  # what cannot be removed now is superfluous the next time too
             for name in self._superfluous(store):
                 store.remove(name)
-
-
-def _reason(store: Store, error: OSError) -> str:
-    with suppress(OSError):
-        free = store.free_bytes()
-        if free is not None:
-            return f"{error} ({store} has {free / 1e6:,.1f} MB left)"
-    return str(error)

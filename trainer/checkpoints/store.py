@@ -73,10 +73,6 @@ class Store(Protocol):
         """Remove what the interrupted saves of earlier attempts have left behind; before the first save of this one."""
         ...
 
-    def free_bytes(self) -> int | None:
-        """The room that is left, where the storage can tell."""
-        ...
-
 
 class DirectoryStore:
     """Checkpoints as directories on a local disk or NFS; committed by a rename. See `Store`.
@@ -130,9 +126,6 @@ class DirectoryStore:
         for left in self.path.glob(".tmp-*"):
             with suppress(FileNotFoundError):  # a living worker of an earlier attempt has just committed it
                 self._delete(left)
-
-    def free_bytes(self) -> int | None:
-        return shutil.disk_usage(self.path).free
 
     def _draft(self, draft: str) -> Path:
         return self.path / f".tmp-{draft}"
