@@ -96,7 +96,7 @@ def in_processes(world_size: int, act: Callable[..., Any], *arguments: Any) -> l
     ]
     for process in processes:
         process.start()
-    result = [found.get(timeout=60) for _ in processes]
+    result = [found.get(timeout=180) for _ in processes]
     assert wait(processes) == [0] * world_size
     return result
 

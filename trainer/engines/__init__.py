@@ -12,6 +12,8 @@ def build_engine(recipe: Recipe, num_samples: int, num_classes: int, group: Grou
     # Each is imported where it is used: DeepSpeed alone takes seconds.
     if recipe.engine.name == "fsdp2":
         from trainer.engines.fsdp2 import FsdpEngine as Chosen
+    elif recipe.engine.name == "deepspeed":
+        from trainer.engines.deepspeed import DeepSpeedEngine as Chosen  # type: ignore[assignment]
     else:
         from trainer.engines.ddp import DdpEngine as Chosen  # type: ignore[assignment]
     return Chosen(recipe, num_samples, num_classes, group)
