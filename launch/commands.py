@@ -58,7 +58,7 @@ def train_run(
         recipe, location, run, device, threads, allow_changes=allow_changes, checkpoints=base,
         **cache_options(cache_dir, cache_bytes),
     )  # fmt: skip
-    if local or "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
+    if local or {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():  # set by torchrun, or DeepSpeed's launcher
         _train_here(console, job, workers)
     else:
         _train_on_ray(console, job, workers, max_failures)
@@ -115,7 +115,7 @@ def _train_here(console: Console, job: Job, workers: int) -> None:
     if place.rank == 0:
         watching.start()
     try:
-        work(job, place, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        work(job, place, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
     finally:
         done.set()
         if place.rank == 0:
