@@ -195,6 +195,12 @@ class Engine(ABC):
 
     # For all of them
 
+    def _norms(self, tensors: list[Tensor]) -> Tensor:
+        """The L2 norm of each parameter, or what is like it, of which a part is held here."""
+        squares = torch.stack(torch._foreach_norm(tensors)).square()
+        dist.all_reduce(squares, group=self._group.gradients)
+        return squares.sqrt()
+
     def _values(self) -> State:
         """Parameters and buffers, by name, as in the network's state_dict."""
         return {**self._weights(), **self._buffers}

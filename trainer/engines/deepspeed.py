@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -114,12 +113,6 @@ class DeepSpeedEngine(Engine):
     def _piece(self, name: str, values: Tensor) -> Piece:
         shape, held = self._held[name]
         return Piece(shape, held.start, values)
-
-    def _norms(self, tensors: list[Tensor]) -> Tensor:
-        """The L2 norm of each parameter, or what is like it, of which stretches are held here."""
-        squares = torch.stack(torch._foreach_norm(tensors)).square()
-        dist.all_reduce(squares, group=self._group.gradients)
-        return squares.sqrt()
 
 
 class _Autocasting(nn.Module):

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -78,12 +77,6 @@ class FsdpEngine(Engine):
         _, offsets = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
         below = sharded.numel() // sharded.shape[0]
         return Piece(sharded.shape, offsets[0] * below, values.view(-1))
-
-    def _norms(self, tensors: list[Tensor]) -> Tensor:
-        """The L2 norm of each parameter, or what is like it, of which rows are held here."""
-        squares = torch.stack(torch._foreach_norm(tensors)).square()
-        dist.all_reduce(squares, group=self._group.gradients)
-        return squares.sqrt()
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -43,6 +43,11 @@ def build_optimizer(
     if isinstance(config, LarsConfig):
         return Lars(groups, config.momentum, config.trust, config.eps, config.style, norms, exact)
     if config.implementation == "apex":
+        if stepped is not None:  # its LAMB would take the norms of what it is given
+            raise LonghaulError(
+                "optimizer.implementation=apex needs whole parameters: use engine.name=ddp, or "
+                "optimizer.implementation=torch."
+            )
         return _apex_optimizer(config, groups)
     if isinstance(config, LambConfig):
         return Lamb(groups, config.betas, config.eps, norms, exact)
