@@ -94,7 +94,7 @@ class Saving:
         self.checkpointer = Checkpointer(
             self.store, self.group, 1, lambda store: store.names()[:-2],
             lambda saved, _: self.told.append((saved.step, "saved")),
-            lambda _, step, why: self.told.append((step, why)), patience=patience,
+            lambda _, step, why: self.told.append((step, why)), patience_seconds=patience,
         )  # fmt: skip
 
     def save(self, step: int) -> None:
