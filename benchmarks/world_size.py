@@ -1,7 +1,8 @@
-"""How far runs on different numbers of workers differ: samples and crops (not at all), weights (M = 2: not at all).
+"""How far runs on different numbers of workers differ: samples and crops (not at all), weights, with and without
+`reproducible`.
 
-Trains the digits recipe with M = 2 and with M = 8 micro-batches a step on 1 and more workers, one thread each, in
-deterministic mode, and compares the final checkpoints with those of one worker.
+Trains the digits recipe for 5 epochs with M micro-batches of 16 a step on 1 and more workers, one thread each, in
+deterministic mode, and compares their checkpoints after 10 steps and at the end with those of one worker.
 
     python -m benchmarks.world_size
 """
@@ -15,54 +16,64 @@ import torch
 from benchmarks.common import machine, write
 from data_pipeline.ingest import prepare
 from data_pipeline.sources import open_source
-from tests.workers import different, final_state, make_job, train
+from tests.workers import different, final_state, make_job, state_of, train
+from trainer.checkpoints.manifest import checkpoint_name, open_valid
+from trainer.rundir import RunDirectory
 from trainer.verify import verify
 
-SETTINGS = {2: (2,), 8: (2, 3, 4, 8)}
-PRECISIONS = ("fp32", "bf16")
+SETTINGS = {2: (2,), 4: (2, 3, 4), 6: (2, 3, 4)}
+EARLY = 10
+State = dict[str, torch.Tensor]
 
 
-def compare(one: dict[str, torch.Tensor], many: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Whether the ledgers are equal, and how far the weights are apart."""
+def distance(one: State, many: State) -> float:
+    """Of all weights and batch-norm statistics together, relative to their norm."""
     weights = [name for name in one if name.startswith("model.") and one[name].is_floating_point()]
-    distance = sum(float((one[n] - many[n]).square().sum()) for n in weights) ** 0.5
-    size = sum(float(one[n].square().sum()) for n in weights) ** 0.5
-    return {
-        "same_samples_and_boxes": bool(torch.equal(one["ledger.steps"], many["ledger.steps"])),
-        "bit_identical": different(one, many) == [],
-        "relative_distance_of_weights": distance / size,
-        "largest_difference_of_a_weight": max(float((one[n] - many[n]).abs().max()) for n in weights),
-    }
+    apart = sum(float((one[n].double() - many[n].double()).square().sum()) for n in weights) ** 0.5
+    return apart / sum(float(one[n].double().square().sum()) for n in weights) ** 0.5
+
+
+def early_state(run: RunDirectory) -> State:
+    return state_of(open_valid(run.store(), checkpoint_name(EARLY)))
 
 
 def main() -> None:
     where = machine()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "digits"
         prepare(open_source("digits", 0.0), data)
         for num_micro, world_sizes in SETTINGS.items():
-            for precision in PRECISIONS:
-                states, scores = {}, {}
-                for world_size in (1, *world_sizes):
-                    job = make_job(
-                        Path(scratch) / f"{num_micro}-{precision}-{world_size}", data,
-                        f"batch.micro={64 // num_micro}", f"precision={precision}", "duration=10ep",
-                        "checkpoint.every=5ep", "evaluate.every=10ep",
-                    )  # fmt: skip
-                    train(job, world_size)
-                    assert all(finding.holds for finding in verify(job.run))
-                    states[world_size] = final_state(job.run)
-                    scores[world_size] = (job.run.result() or {})["top1"]
-                for world_size in world_sizes:
-                    row = {
-                        "M": num_micro, "precision": precision, "workers": world_size, "against_workers": 1,
-                        "steps": len(states[1]["ledger.steps"]), **compare(states[1], states[world_size]),
-                        "top1": scores[world_size], "top1_of_one_worker": scores[1],
-                    }  # fmt: skip
-                    rows.append(row)
-                    print(row, flush=True)
-    print(write("world-size", {"what": __doc__.splitlines()[0], "rows": rows}, where))
+            for precision in ("fp32", "bf16"):
+                for reproducible in ("false", "true"):
+                    states, early, scores = {}, {}, {}
+                    for world_size in (1, *world_sizes):
+                        job = make_job(
+                            Path(scratch) / f"{num_micro}-{precision}-{reproducible}-{world_size}", data,
+                            f"batch.size={16 * num_micro}", "batch.micro=16", f"precision={precision}", "duration=5ep",
+                            "checkpoint.every=1000ep", f"checkpoint.keep_every={EARLY}it", "evaluate.every=5ep",
+                            f"reproducible={reproducible}",
+                        )  # fmt: skip
+                        train(job, world_size)
+                        assert all(finding.holds for finding in verify(job.run))
+                        states[world_size], early[world_size] = final_state(job.run), early_state(job.run)
+                        scores[world_size] = (job.run.result() or {})["top1"]
+                    one = states[1]
+                    for world_size in world_sizes:
+                        many = states[world_size]
+                        row = {
+                            "M": num_micro, "precision": precision, "reproducible": reproducible == "true",
+                            "workers": world_size, "against_workers": 1, "steps": len(one["ledger.steps"]),
+                            "same_samples_and_boxes": bool(torch.equal(one["ledger.steps"], many["ledger.steps"])),
+                            "bit_identical": different(one, many) == [],
+                            f"relative_distance_after_{EARLY}_steps": distance(early[1], early[world_size]),
+                            "relative_distance_at_the_end": distance(one, many),
+                            "top1": scores[world_size], "top1_of_one_worker": scores[1],
+                        }  # fmt: skip
+                        rows.append(row)
+                        print(row, flush=True)
+    what = "Digits, 5 epochs, on different numbers of workers, against the run of one worker"
+    print(write("world-size", {"what": what, "rows": rows}, where))
 
 
 if __name__ == "__main__":

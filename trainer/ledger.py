@@ -105,7 +105,7 @@ class Recorder:
         own.steps[self._first :] = _signed(self._digests)
         for epoch, (count, total) in self._epochs.items():
             own.epochs[epoch] = _signed([count, total])
-        for tensor in (own.steps, own.epochs):
+        for tensor in (own.steps[self._first :], own.epochs):  # of the steps only what is new: there may be 600,000
             dist.all_reduce(tensor, group=group.control)
         own.steps[: self._first] = old.steps
         own.epochs[: len(old.epochs)] += old.epochs
