@@ -13,7 +13,7 @@ from configs import LonghaulError
 from configs.optimisation import Lamb, Lars, Optimizer, Sgd
 from configs.schema import Model
 from launch.model import stages
-from tests.test_cli import longhaul
+from tests.conftest import longhaul
 from trainer.count import Costs, Layer, count, count_inference, count_network, without_memory
 from trainer.fit import RESERVE, footprint, largest_micro_batch
 from trainer.models import build_model
