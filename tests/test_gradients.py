@@ -14,6 +14,8 @@ from configs import load_recipe
 from configs.optimisation import Gradients, LossScale
 from configs.schema import Model
 from trainer.averaging import Average
+from trainer.checkpoints.state import State
+from trainer.engines.gathering import cloned
 from trainer.gradients import Guard, LossScaler, finish
 from trainer.models import build_model
 from trainer.statistics import Statistics
@@ -138,7 +140,9 @@ def test_statistics_are_put_back_where_the_update_was_skipped_even_from_nan(skip
 def averaging(*overrides: str) -> tuple[nn.Module, Average]:
     network = small_network()
     Statistics(network)
-    return network, Average(load_recipe("digits", ["ema.decay=0.9", *overrides]), 1000, network)
+    followed: State = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    recipe = load_recipe("digits", ["ema.decay=0.9", *overrides])
+    return network, Average(recipe, 1000, cloned(followed), followed)
 
 
 def walk(network: nn.Module, seed: int) -> None:
@@ -158,12 +162,12 @@ def test_the_average_is_torchs_over_weights_and_statistics() -> None:
         average.follow(step)
         theirs.update_parameters(network)
     reference = theirs.module.state_dict()
-    for name, tensor in average.network.state_dict().items():
+    for name, tensor in average.state.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, reference[name])
         else:
             assert torch.equal(tensor, network.state_dict()[name])
-    assert not torch.equal(average.network.state_dict()["conv1.weight"], network.state_dict()["conv1.weight"])
+    assert not torch.equal(average.state["conv1.weight"], network.state_dict()["conv1.weight"])
 
 
 def test_the_average_is_a_copy_until_its_start_and_moves_only_when_it_is_due() -> None:
@@ -172,7 +176,7 @@ def test_the_average_is_a_copy_until_its_start_and_moves_only_when_it_is_due() -
     for step in range(1, 9):
         walk(network, step)
         average.follow(step)
-        seen.append(average.network.state_dict()["conv1.weight"].clone())
+        seen.append(average.state["conv1.weight"].clone())
         if step in (2, 4):
             assert torch.equal(seen[-1], network.state_dict()["conv1.weight"])
     assert [bool(torch.equal(a, b)) for a, b in pairwise(seen)] == [False, True] * 3 + [False]
@@ -180,6 +184,6 @@ def test_the_average_is_a_copy_until_its_start_and_moves_only_when_it_is_due() -
 
 def test_the_average_takes_no_gradient_and_shares_no_memory() -> None:
     network, average = averaging()
-    own = {tensor.data_ptr() for tensor in average.network.state_dict().values()}
+    own = {tensor.data_ptr() for tensor in average.state.values()}
     assert not own & {tensor.data_ptr() for tensor in network.state_dict().values()}
-    assert not any(parameter.requires_grad for parameter in average.network.parameters())
+    assert not any(tensor.requires_grad for tensor in average.state.values())

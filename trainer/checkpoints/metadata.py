@@ -1,6 +1,7 @@
 """Reading the metadata of torch.distributed.checkpoint (DCP), which is a pickle, without running what is in it."""
 
 import pickle
+from pathlib import PosixPath
 from typing import Any, BinaryIO
 
 import torch
@@ -22,6 +23,7 @@ _PLAIN = (
 )  # fmt: skip
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
+    ("pathlib", "PosixPath"): PosixPath,  # where DCP's own writer has been
     **{
         ("torch", str(dtype).removeprefix("torch.")): dtype
         for dtype in vars(torch).values()
