@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 
 class Proxy:
@@ -101,6 +102,7 @@ def _close(end: socket.socket) -> None:
 def serve() -> Iterator[tuple[Proxy, dict[str, str]]]:
     """A server with an empty bucket `bucket`; gives its proxy, and the environment in which clients find it."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
+    S3FileSystem.clear_instance_cache()  # clients of an earlier server, which is gone
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     proxy = Proxy(server.get_host_and_port()[1])

@@ -36,7 +36,7 @@ def kinds(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
 def test_kills_at_random_instants_lose_and_change_nothing(digits: Path, tmp_path: Path) -> None:
     calm = small_job(tmp_path / "calm", digits)
     train(calm, 2)
-    tally = kill_until(9, tmp_path, digits, calm, random.Random(5))
+    tally = kill_until(6, tmp_path, digits, calm, random.Random(5))
     assert tally.in_a_save >= 1
 
 

@@ -2,10 +2,7 @@
 
 import hashlib
 import os
-import random
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +15,11 @@ from hypothesis import strategies as st
 
 from cluster.keepers import keepers
 from tests.test_updates import run_with_a_fault
-from tests.workers import SMALL, different, final_state, make_job, reached, train, wait_for
+from tests.workers import different, final_state, make_job, train, wait_for
 from trainer.checkpoints.manifest import FORMAT, Saved, newest_valid, problem_of, render
 from trainer.checkpoints.memory import HeapKeeper, Keeper, KeeperStore
 from trainer.job import Job
 from trainer.rundir import RunDirectory
-from trainer.verify import verify
 
 
 @dataclass
@@ -152,44 +148,6 @@ def test_a_silent_machine_fails_the_save_and_the_checkpoint_before_stands() -> N
 
 def kinds(run: RunDirectory, kind: str, attempt: int) -> list[dict[str, Any]]:
     return [event for event in run.events() if event["event"] == kind and event["attempt"] == attempt]
-
-
-@pytest.fixture
-def on_ray(digits: Path, tmp_path: Path) -> Iterator[tuple[RunDirectory, "subprocess.Popen[str]"]]:
-    """A run on Ray whose disk is written only at the end; its driver is ended with the test."""
-    run = RunDirectory(tmp_path / "runs" / "kept")
-    with subprocess.Popen(
-        [
-            *(sys.executable, "-m", "launch.cli", "train", "digits", *SMALL, "duration=100it"),
-            *("checkpoint.every=1000it", "checkpoint.memory=5it", "--data", str(digits), "--name", "kept"),
-            *("--runs", str(run.path.parent), "--workers", "2", "--threads", "1", "--device", "cpu"),
-        ],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as process:  # fmt: skip
-        yield run, process
-        process.terminate()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_after_a_killed_worker_the_run_goes_on_from_memory_with_the_same_bits(
-    on_ray: tuple[RunDirectory, "subprocess.Popen[str]"], digits: Path, tmp_path: Path
-) -> None:
-    run, process = on_ray
-    wait_for(lambda: reached(run, random.Random(3).randrange(20, 70)), 240)
-    os.kill(random.Random(3).choice(kinds(run, "start", 1)[0]["workers"])["pid"], signal.SIGKILL)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-
-    (resumed,) = kinds(run, "resume", 2)
-    assert resumed["step"] >= max(event["step"] for event in kinds(run, "memory_save", 1))
-    assert resumed["path"] == f"memory of 1 machine, step-{resumed['step']:08d}-attempt1"
-    assert run.store().names() == ["step-00000100"]
-    assert all(finding.holds for finding in verify(run))
-
-    calm = make_job(tmp_path / "calm", digits, "duration=100it")
-    train(calm, 2)
-    assert different(final_state(run), final_state(calm.run)) == []
 
 
 @pytest.fixture

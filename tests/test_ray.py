@@ -32,8 +32,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(data: Path, runs: Path, name: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "launch.cli", "train", "digits", *OVERRIDES, "--data", str(data), "--runs", str(runs)),
-        *("--name", name, "--workers", "2", "--threads", "1", "--device", "cpu"),
+        *(sys.executable, "-m", "launch.cli", "train", "digits", *OVERRIDES, "checkpoint.memory=5it"),
+        *(
+            "--data",
+            str(data),
+            "--runs",
+            str(runs),
+            "--name",
+            name,
+            "--workers",
+            "2",
+            "--threads",
+            "1",
+            "--device",
+            "cpu",
+        ),
     ]
 
 
@@ -69,8 +82,9 @@ def pids(run: RunDirectory, attempt: int) -> list[int]:
 
 
 def test_killed_workers_change_nothing(data: Path, tmp_path: Path, started: list[subprocess.Popen]) -> None:
-    """One worker is killed at a random step, another in the middle of a checkpoint; the run ends by itself, every
-    sample was used exactly once, and the weights are bit for bit those of a run that nothing happened to."""
+    """One worker is killed at a random step, another in the middle of a checkpoint; the run ends by itself, goes on
+    from the newest copy, in memory mostly, every sample was used exactly once, and the weights are bit for bit those of
+    a run that nothing happened to."""
     generator = random.Random(11)
     run = RunDirectory(tmp_path / "runs" / "killed")
     process = popen(command(data, tmp_path / "runs", "killed"), started)
@@ -88,6 +102,11 @@ def test_killed_workers_change_nothing(data: Path, tmp_path: Path, started: list
     result = run.result()
     assert result is not None and result["attempts"] == 3 and result["steps"] == 300
     assert output.count("was lost") >= 2 and "Resumed at step" in output
+    for attempt in (1, 2):
+        saved = [e for e in run.events() if e["event"] in ("checkpoint", "memory_save") and e["attempt"] == attempt]
+        (resumed,) = [e for e in run.events() if e["event"] == "resume" and e["attempt"] == attempt + 1]
+        assert resumed["step"] >= max((e["step"] for e in saved), default=1)
+        assert resumed["step"] % 15 == 0 or resumed["path"].startswith("memory of 1 machine, step-")
     assert all(finding.holds for finding in verify(run))
 
     calm = make_job(tmp_path / "calm", data, *OVERRIDES)
