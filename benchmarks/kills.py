@@ -119,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="kills", help="of the file in benchmarks/results/")
     arguments = parser.parse_args()
     where = machine()
     began = time.monotonic()
@@ -137,7 +138,7 @@ def main() -> None:
         "runs_not_verified_exactly_once": 0,
         "seconds": round(time.monotonic() - began, 1),
     }
-    print(write("kills", figures, where), figures)
+    print(write(arguments.name, figures, where), figures)
 
 
 if __name__ == "__main__":

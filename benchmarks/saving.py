@@ -24,8 +24,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, machine, write
 
-NETWORKS = {"resnet50": 8, "resnet152": 4}  # micro-batch of each worker
-WINDOW = 8
+NETWORKS = {"resnet50": (8, 8), "resnet152": (4, 2)}  # micro-batch of each worker, steps of a window
 ARMS = ("none", "longhaul", "torch.save", "dcp.save", "dcp.async_save")
 
 
@@ -45,7 +44,7 @@ def measure(network: str, rounds: int, directory: Path) -> None:
 
     keep_freed_memory()
     torch.set_num_threads(1)
-    micro = NETWORKS[network]
+    micro, window_steps = NETWORKS[network]
     recipe = small_recipe(
         f"model.name={network}", f"batch.size={2 * micro}", f"batch.micro={micro}", "input.size=224", "precision=bf16",
         "deterministic=false",
@@ -97,7 +96,7 @@ def measure(network: str, rounds: int, directory: Path) -> None:
                     engine.synchronise_buffers()
                     save[arm](number, engine.export_state())
                     stall = time.monotonic() - began
-                for _ in range(WINDOW):
+                for _ in range(window_steps):
                     step(number)
                     number += 1
                 window = time.monotonic() - began
@@ -120,12 +119,12 @@ def measure(network: str, rounds: int, directory: Path) -> None:
         checkpointer.close()
 
 
-def summarise(found: dict[str, Any]) -> dict[str, Any]:
+def summarise(found: dict[str, Any], window_steps: int) -> dict[str, Any]:
     """Medians over the rounds, each window against the one without a save of its own round."""
     windows = {arm: [w for w in found["windows"] if w["arm"] == arm] for arm in ARMS}
     bare = [w["window"] for w in windows["none"]]
-    step = statistics.median(bare) / WINDOW
-    rows: dict[str, Any] = {"step_seconds": step, "windows_without_a_save_seconds": bare}
+    step = statistics.median(bare) / window_steps
+    rows: dict[str, Any] = {"step_seconds": step, "window_steps": window_steps, "windows_without_a_save_seconds": bare}
     for arm in ARMS[1:]:
         lost = [w["window"] - without for w, without in zip(windows[arm], bare, strict=True)]
         rows[arm] = {
@@ -144,6 +143,7 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -151,7 +151,7 @@ def main() -> None:
         return
     where = machine()
     networks = {}
-    for network in NETWORKS:
+    for network in options.networks:
         with tempfile.TemporaryDirectory(dir=ROOT.parent) as scratch:
             env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
             command = [
@@ -165,9 +165,9 @@ def main() -> None:
             ]
             command += ["--rounds", str(options.rounds), "--measure", network, scratch]
             subprocess.run(command, check=True, cwd=ROOT, env=env)
-            networks[network] = summarise(json.loads((Path(scratch) / "found.json").read_text()))
+            networks[network] = summarise(json.loads((Path(scratch) / "found.json").read_text()), NETWORKS[network][1])
         print(network, json.dumps(networks[network], indent=1), flush=True)
-    print(write("saving", {"what": __doc__.splitlines()[0], "window_steps": WINDOW, "networks": networks}, where))
+    print(write("saving", {"what": __doc__.splitlines()[0], "networks": networks}, where))
 
 
 if __name__ == "__main__":
