@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 
 from configs import LonghaulError
+from data_pipeline.durable import synchronise
 from data_pipeline.ingest.plan import SHARD_BYTES, Plan, Settings
 from data_pipeline.ingest.processes import in_this_process
 from data_pipeline.ingest.shard import Executor, PixelSums, ShardReport, WriteShard
-from data_pipeline.ingest.storage import synchronise, writing
+from data_pipeline.ingest.storage import writing
 from data_pipeline.ingest.unfinished import Unfinished
 from data_pipeline.ingest.verify import Options
 from data_pipeline.shards import INDEX_SCHEMA, SCHEMA, Manifest, Shard, map_batch, write_batch

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs import LonghaulError
+from data_pipeline.durable import synchronise
 
 _MENDS = {
     errno.ENOSPC: "make room",
@@ -32,15 +33,6 @@ def whole_file(directory: Path, name: str) -> Iterator[Path]:
         synchronise((directory / name).parent)
     finally:
         written.unlink(missing_ok=True)
-
-
-def synchronise(path: Path) -> None:
-    """Have a file's bytes, or a directory's names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from configs import LonghaulError
+from data_pipeline.durable import synchronise
 from data_pipeline.ingest.plan import Plan, Settings, differences, make_plan
 from data_pipeline.ingest.shard import ShardReport
-from data_pipeline.ingest.storage import synchronise, whole_file, writing
+from data_pipeline.ingest.storage import whole_file, writing
 from data_pipeline.sources import Source
 
 

@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from configs import LonghaulError
 from trainer.checkpoints.manifest import Saved
 from trainer.checkpoints.metadata import read_metadata
-from trainer.checkpoints.objects import ObjectStore
 from trainer.checkpoints.state import Piece, State
 from trainer.checkpoints.store import Store
 from trainer.group import Group, together
@@ -63,8 +62,7 @@ def load(saved: Saved, state: Mapping[str, torch.Tensor | Piece], group: Group |
         first = next(iter(error.failures.values()), ("unknown",))[0]
         raise LonghaulError(f"The checkpoint {saved} does not fit this run: {_first_line(first)}.") from None
     finally:
-        if isinstance(saved.store, ObjectStore):
-            saved.store.drop_copies()
+        saved.store.done_reading()
 
 
 def contents(saved: Saved) -> dict[str, torch.Tensor]:

@@ -91,6 +91,9 @@ class KeeperStore:
                 continue
         raise FileNotFoundError(f"{name}/{file} is in no machine's memory")
 
+    def done_reading(self) -> None:
+        """Files are read from shared memory, or from the message that brought them."""
+
     def begin(self, draft: str) -> None:
         self._drop(draft)
 

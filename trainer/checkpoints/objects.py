@@ -33,7 +33,7 @@ class ObjectStore:
     manifest's name away (`manifest.json` becomes `broken-manifest.json`); the other objects stay where they are, and
     `sweep` leaves them alone.
 
-    Every file that is opened is fetched whole into a temporary file, which is kept until `drop_copies`: what was
+    Every file that is opened is fetched whole into a temporary file, which is kept until `done_reading`: what was
     fetched to be verified is what is loaded.
     """
 
@@ -68,8 +68,7 @@ class ObjectStore:
         copy.seek(0)
         return copy
 
-    def drop_copies(self) -> None:
-        """Give back the disk space that reading has taken up."""
+    def done_reading(self) -> None:
         for copy in self._copies.values():
             copy.close()
         self._copies.clear()

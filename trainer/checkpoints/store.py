@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from data_pipeline.durable import synchronise
+
 MANIFEST = "manifest.json"
 _BUFFER_BYTES = 2**20
 
@@ -42,6 +44,10 @@ class Store(Protocol):
 
     def open(self, name: str, file: str) -> BinaryIO:
         """A file of a checkpoint, to read; it can seek."""
+        ...
+
+    def done_reading(self) -> None:
+        """Give back whatever `open` has taken up."""
         ...
 
     def begin(self, draft: str) -> None:
@@ -96,6 +102,9 @@ class DirectoryStore:
     def open(self, name: str, file: str) -> BinaryIO:
         return (self.path / name / file).open("rb")
 
+    def done_reading(self) -> None:
+        """Files are read where they are."""
+
     def begin(self, draft: str) -> None:
         self._draft(draft).mkdir(parents=True)
 
@@ -105,11 +114,11 @@ class DirectoryStore:
     def commit(self, draft: str, name: str, manifest: bytes) -> str:
         with self.create(draft, MANIFEST) as out:
             out.write(manifest)
-        _sync_directory(self._draft(draft))
+        synchronise(self._draft(draft))
         if (self.path / name).exists():
             self.set_aside(name, "replaced")
         self._draft(draft).rename(self.path / name)
-        _sync_directory(self.path)
+        synchronise(self.path)
         return name
 
     def discard(self, draft: str) -> None:
@@ -145,11 +154,3 @@ class _Durable(io.FileIO):
                 os.fsync(self.fileno())
         finally:
             super().close()
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
